@@ -1,0 +1,43 @@
+"""Every Redis key, queue name, job-function name and TTL in one place. Knows no Redis client."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+DEFAULT_QUEUE: Final = "radixq"
+GENERATE: Final = "radixq.generate"
+"""Name of the job function. It is importable nowhere, so no foreign worker can run foreign code for it."""
+
+WORKERS: Final = "radixq:workers"
+DEAD: Final = "radixq:dead"
+METRICS_TTL_S: Final = 7 * 86_400
+WORKER_ALIVE_S: Final = 120
+"""A worker whose last sign of life (its score in `WORKERS`) is older than this is taken for gone."""
+
+_NAME = re.compile(r"[^A-Za-z0-9._/-]+")
+
+
+def result(job_id: str) -> str:
+    """Return the key of the readable result hash of one job."""
+    return f"radixq:result:{job_id}"
+
+
+def metrics(worker: str) -> str:
+    """Return the key of one worker's metrics hash."""
+    return f"radixq:metrics:{worker}"
+
+
+def prefixes(worker: str) -> str:
+    """Return the key of the set of prefix fingerprints resident on one worker."""
+    return f"radixq:prefixes:{worker}"
+
+
+def idempotency(key: str) -> str:
+    """Return the key that holds the id of the job which owns this idempotency key."""
+    return f"radixq:idempotency:{key}"
+
+
+def model_queue(model: str) -> str:
+    """Return the queue of jobs that ask for one model by name."""
+    return f"{DEFAULT_QUEUE}.{_NAME.sub('-', model.strip())}"

@@ -1,0 +1,1 @@
+"""The tests. One file per room of the packages; `integration/` runs the whole road."""

@@ -1,0 +1,280 @@
+"""The engine on a tiny model: what is computed, what is shared, how rows come and go and fail."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from common.messages import Sampling
+from tests.engines import Bench, alone, bench, family, prompt
+from tests.models import tiny, tiny_tokenizer
+from worker.sequence import Failed, Finished, Prompt
+
+
+def shared(count: int, prefix: int, own: int = 5, *, seed: int = 0, max_tokens: int = 4) -> dict[str, Prompt]:
+    """Return `count` prompts with one prefix, knowing of each other as the scout would tell them."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(0, 290, prefix).tolist()
+    tails = [[i % 290, *rng.integers(0, 290, own - 1).tolist()] for i in range(count)]
+    return {str(i): prompt([*common, *tail], max_tokens, [prefix]) for i, tail in enumerate(tails)}
+
+
+def distinct_tokens(prompts: dict[str, Prompt]) -> int:
+    """Count the nodes of an uncompressed trie over all prompts."""
+    return len({p.tokens[: i + 1].tobytes() for p in prompts.values() for i in range(len(p.tokens))})
+
+
+def test_usage_adds_up_and_matches_what_the_model_computed() -> None:
+    run = bench()
+    done = run.run(family(np.random.default_rng(0), jobs=20), seed=0)
+    stats = run.engine.stats()
+    usages = [f.usage for f in done.values()]
+    assert stats.prefill_tokens == sum(u.prefill_tokens for u in usages) == stats.computed_tokens
+    assert stats.prompt_tokens == sum(u.prompt_tokens for u in usages)
+    assert stats.prompt_tokens == stats.cached_tokens + stats.prefill_tokens
+    assert (
+        stats.completion_tokens
+        == sum(u.completion_tokens for u in usages)
+        == sum(len(run.tokens(job_id)) for job_id in done)
+    )
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_cold_prefix_is_computed_once_for_many_jobs(together: bool) -> None:
+    prompts = shared(24, 200)
+    run = bench(max_rows=8)
+    done = run.run(prompts, seed=None if together else 3)
+    assert run.engine.stats().computed_tokens == distinct_tokens(prompts)
+    assert sum(f.usage.prefill_tokens >= 200 for f in done.values()) == 1
+
+
+def test_jobs_that_do_not_know_of_each_other_share_what_a_running_row_holds() -> None:
+    first, second = (Prompt(p.tokens, p.sampling) for p in shared(2, 100, max_tokens=30).values())
+    run = bench()
+    run.engine.add("0", first)
+    while not run.engine.running:
+        run.engine.step()
+    done = run.run({"1": second})
+    assert done["1"].usage.cached_tokens == 100
+    assert run.engine.stats().computed_tokens == distinct_tokens({"0": first, "1": second})
+    for job_id, job in (("0", first), ("1", second)):
+        assert run.tokens(job_id) == alone(run.alone, job.tokens, 30)[0]
+
+
+def test_a_follow_up_turn_hits_all_but_the_last_generated_token() -> None:
+    run = bench()
+    turn = prompt(range(40), 10)
+    run.run({"first": turn})
+    said = run.tokens("first")
+    follow_up = prompt([*turn.tokens.tolist(), *said, 7, 8, 9])
+    done = run.run({"second": follow_up})
+    assert done["second"].usage.cached_tokens == 40 + len(said) - 1
+    assert run.tokens("second") == alone(run.alone, follow_up.tokens, 8)[0]
+
+
+def test_the_same_prompt_again_computes_its_last_token_only() -> None:
+    run = bench()
+    run.run({"first": prompt(range(50))})
+    done = run.run({"second": prompt(range(50))})
+    assert done["second"].usage.prefill_tokens == 1
+    assert run.tokens("second") == run.tokens("first")
+
+
+def test_a_prompt_of_one_token_runs() -> None:
+    run = bench()
+    done = run.run({"a": prompt([5]), "b": prompt([5]), "c": prompt([6])})
+    assert {f.usage.prompt_tokens for f in done.values()} == {1}
+    assert run.tokens("a") == run.tokens("b") == alone(run.alone, np.array([5], np.int32), 8)[0]
+
+
+def test_nothing_is_held_twice() -> None:
+    """With all rows running, KV is one prefix and the tails; at the end it is one tree of distinct tokens."""
+    prompts = shared(8, 256, max_tokens=60)
+    run = bench(max_rows=8)
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    per_token = run.engine._loaded.kv_bytes_per_token
+    peak = 0
+    while run.engine.busy:
+        run.engine.step()
+        if len(run.engine.running) == 8:
+            peak = max(peak, run.engine.stats().cache_bytes)
+    assert peak <= 1.1 * per_token * (256 + 8 * 65)
+    kept = {job_id: [*p.tokens.tolist(), *run.tokens(job_id)[:-1]] for job_id, p in prompts.items()}
+    assert run.engine.tree.num_tokens == distinct_tokens({k: prompt(v) for k, v in kept.items()})
+    assert run.engine.stats().cache_bytes == per_token * run.engine.tree.num_tokens
+
+
+def test_memory_that_the_counters_say_was_freed_is_freed() -> None:
+    run = bench(max_rows=8, chunk_tokens=512)
+    run.run(shared(4, 2048, own=500), seed=1)
+    run.watched.logits.clear()
+    mx.clear_cache()
+    before, held = mx.get_active_memory(), run.engine.tree.nbytes
+    run.engine.tree.evict(held)
+    mx.clear_cache()
+    assert before - mx.get_active_memory() == pytest.approx(held, rel=0.01)
+
+
+def test_rows_never_exceed_the_limit_and_join_while_others_decode() -> None:
+    run = bench(max_rows=3)
+    prompts = shared(9, 64, max_tokens=12)
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    sizes = []
+    while run.engine.busy:
+        run.engine.step()
+        sizes.append(len(run.engine.running))
+    assert max(sizes) == 3
+    assert run.engine.stats().batch_rows_max == 3
+
+
+def test_a_long_prompt_does_not_stop_the_rows_that_decode() -> None:
+    run = bench(chunk_tokens=16)
+    run.engine.add("short", prompt(range(2, 12), 40))
+    run.engine.step()
+    run.engine.add("long", prompt([i % 290 for i in range(400)], 2))
+    lengths = []
+    for _ in range(20):
+        run.engine.step()
+        lengths.append(len(run.watched.logits["short"]))
+    assert all(b == a + 1 for a, b in pairwise(lengths))
+    assert "long" not in run.engine.running
+
+
+@pytest.mark.parametrize("when", [0, 1, 3, 8])
+def test_an_aborted_job_leaves_and_the_others_do_not_notice(when: int) -> None:
+    prompts = shared(4, 80, max_tokens=12)
+    run = bench(chunk_tokens=32)
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    for _ in range(when):
+        run.engine.step()
+    run.engine.abort("1")
+    done = run.run({})
+    assert set(done) == {"0", "2", "3"}
+    for job_id in done:
+        assert run.tokens(job_id) == alone(run.alone, prompts[job_id].tokens, 12)[0]
+    assert run.engine.tree.root.pins == 0
+
+
+def test_a_job_that_can_never_fit_fails_alone_and_says_why() -> None:
+    run = bench(kv_bytes=60_000)
+    run.run({"big": prompt([i % 290 for i in range(300)], 50), "small": prompt(range(20), 4)})
+    failed = run.ended["big"]
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "context_length_exceeded"
+    assert "RADIXQ_KV_BYTES" in str(failed.error)
+    assert isinstance(run.ended["small"], Finished)
+
+
+def test_under_pressure_jobs_wait_and_all_finish_within_the_budget() -> None:
+    run = bench(kv_bytes=150_000, max_rows=8)
+    prompts = {str(i): prompt([i, *range(100)], 20) for i in range(12)}
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    blocked = 0
+    while run.engine.busy:
+        for event in run.engine.step():
+            assert isinstance(event, Finished)
+            run.ended[event.id] = event
+        blocked += run.engine.blocked
+        assert run.engine.tree.nbytes <= 150_000
+    assert len(run.ended) == 12
+    assert blocked > 0
+
+
+class Failing:
+    """A model that raises, or gives NaN for one row, at a chosen call."""
+
+    def __init__(self, model: Any, *, at: int, error: Exception | None = None, nan_row: int | None = None) -> None:
+        self.model, self.at, self.error, self.nan_row = model, at, error, nan_row
+        self.calls = 0
+
+    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+        self.calls += 1
+        out: mx.array = self.model(inputs, cache=cache)
+        if self.calls == self.at and self.error is not None:
+            raise self.error
+        if self.calls == self.at and self.nan_row is not None:
+            out[self.nan_row] = mx.nan
+        return out
+
+
+def failing(run: Bench, **how: Any) -> None:
+    """Make the model of a bench fail once."""
+    run.watched.model = Failing(run.watched.model, **how)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_step_that_fails_ends_its_rows_and_leaks_nothing(at: int) -> None:
+    run = bench(max_rows=4, chunk_tokens=64)
+    failing(run, at=at, error=RuntimeError("[metal::malloc] Unable to allocate"))
+    prompts = shared(8, 100)
+    run.run(prompts)
+    failed = [e for e in run.ended.values() if isinstance(e, Failed)]
+    assert set(run.ended) == set(prompts)
+    assert failed
+    assert {e.error.code for e in failed} == {"out_of_memory"}
+    assert run.engine.tree.root.pins == 0
+    done = run.run({"after": prompts["0"]})
+    assert run.tokens("after") == alone(run.alone, prompts["0"].tokens, 4)[0]
+    assert done["after"].usage.prompt_tokens == 105
+
+
+def test_a_row_with_nan_logits_fails_alone() -> None:
+    run = bench(max_rows=4)
+    prompts = {str(i): prompt(range(i, i + 10), 6) for i in range(3)}
+    failing(run, at=4, nan_row=1)
+    done = run.run(prompts)
+    assert len(done) == 2
+    for job_id in done:
+        assert run.tokens(job_id) == alone(run.alone, prompts[job_id].tokens, 6)[0]
+
+
+def text_of(run: Bench, job_id: str) -> str:
+    """Return what the tokenizer makes of a job's tokens."""
+    kept = [t for t in run.tokens(job_id) if t not in run.eos]
+    return str(tiny_tokenizer().decode(kept, skip_special_tokens=True))
+
+
+def test_text_is_what_the_tokenizer_decodes_and_length_says_that_it_was_cut() -> None:
+    run = bench()
+    done = run.run({str(i): prompt(range(i, i + 30), 25) for i in range(5)})
+    for job_id, event in done.items():
+        assert text_of(run, job_id).startswith(event.text)
+        assert event.finish_reason == ("length" if event.usage.completion_tokens == 25 else "stop")
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_part_of_it() -> None:
+    run = bench()
+    whole = run.run({"whole": prompt(range(30), 40)})["whole"].text
+    stop = whole[10:13]
+    cut = run.run({"cut": prompt(range(30), 40, stop=(stop,))})["cut"]
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.usage.completion_tokens <= 40
+
+
+def test_greedy_and_sampled_rows_share_a_batch_and_a_seed_gives_the_same_answer_alone() -> None:
+    warm = prompt(range(20), 12, temperature=0.8, top_p=0.9, seed=7)
+    only = bench().run({"a": warm})["a"].text
+    mates = {str(i): prompt(range(i, i + 9), 12) for i in range(3)}
+    run = bench()
+    done = run.run({**mates, "a": warm, "b": prompt(range(20), 12, temperature=0.8, top_p=0.9, seed=8)})
+    assert done["a"].text == only
+    assert done["b"].text != only
+    for job_id, job in mates.items():
+        assert run.tokens(job_id) == alone(run.alone, job.tokens, 12)[0]
+
+
+def test_engines_on_one_model_class_do_not_disturb_a_stock_model() -> None:
+    stock, tokens = tiny(), np.arange(40, dtype=np.int32)
+    before = alone(stock, tokens, 10)[0]
+    bench().run(shared(4, 60))
+    assert alone(stock, tokens, 10)[0] == before
+    assert Sampling().temperature == 0

@@ -1,0 +1,159 @@
+"""The one thread that owns MLX: it loads the model, steps the engine and reports. Knows no Redis.
+
+Streams and lazy arrays of MLX belong to a thread, so nothing of MLX is imported or touched outside it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+from common.errors import InternalError, ModelNotLoaded, RadixqError
+from common.log import logger
+from common.settings import Settings
+from worker import platform
+from worker.sequence import Died, EngineStats, Event, Failed, Finished, Prompt, Ready
+
+if TYPE_CHECKING:
+    from worker.engine import Engine
+
+SPARE_PROMPTS = 8
+"""Prompts asked for beyond the free rows, so that the next prefill need not wait for Redis."""
+_POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep; without a bound the pool grows for ever
+_RESERVE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
+
+log = logger("worker.runner")
+
+
+class Runner:
+    """Runs an `Engine` in its own thread. All methods are for the main thread and return at once, but `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._inbox: queue.SimpleQueue[tuple[str, Prompt | None] | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._running: set[str] = set()
+        self._stats = EngineStats()
+        self._blocked = False
+        self._thread = threading.Thread(target=self._main, name="radixq-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it loads the model and then reports `Ready` or `Died`."""
+        self._thread.start()
+
+    def submit(self, job_id: str, prompt: Prompt) -> None:
+        """Give a prompt to the engine."""
+        self._running.add(job_id)
+        self._inbox.put((job_id, prompt))
+
+    def abort(self, job_id: str) -> None:
+        """Forget a prompt; an event of it that is already under way may still come out."""
+        self._running.discard(job_id)
+        self._inbox.put((job_id, None))
+
+    def events(self) -> list[Event]:
+        """Return what happened since the last call."""
+        self._drain_wakeups()
+        events: list[Event] = []
+        while not self._outbox.empty():
+            event = self._outbox.get()
+            if isinstance(event, Finished | Failed):
+                self._running.discard(event.id)
+            events.append(event)
+        return events
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while events wait."""
+        return self._wake_read
+
+    def stats(self) -> EngineStats:
+        """Return the latest counters and gauges."""
+        return self._stats
+
+    @property
+    def room(self) -> int:
+        """How many more prompts it would take now; none while the next one does not fit into memory."""
+        if self._blocked:
+            return 0
+        return max(0, self._settings.max_rows + SPARE_PROMPTS - len(self._running))
+
+    def stop(self) -> None:
+        """End the thread, dropping what runs; wait until the current step is over."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # In the engine's thread
+
+    def _main(self) -> None:
+        try:
+            engine = self._load()
+            while self._take(engine):
+                events = engine.step()
+                self._stats, self._blocked = engine.stats(), engine.blocked
+                self._report(events)
+        except RadixqError as error:
+            self._report([Died(error)])
+        except Exception as error:
+            log.exception("the engine ended")
+            self._report([Died(InternalError(f"the engine ended with {type(error).__name__}: {error}"))])
+
+    def _load(self) -> Engine:
+        settings = self._settings
+        blas = platform.prepare(fast_blas=settings.fast_blas)
+        # only now: what comes with mlx must find the BLAS that was opened first
+        import mlx.core as mx
+
+        from worker import attention, model
+        from worker.engine import Engine, Limits
+
+        if settings.model_path is None:
+            raise ModelNotLoaded("no model: set MLX_MODEL_PATH to a directory, a hub id or a .gguf file")
+        device = platform.device()
+        loaded = model.load(settings.model_path, dtype=settings.dtype, device=device)
+        if loaded.cache_kind != "plain" or attention.install(loaded.model) < loaded.num_layers:
+            raise ModelNotLoaded(
+                f"{loaded.name} keeps its context in {loaded.cache_kind}, which this version cannot share; "
+                "use a model with a plain KV cache in every layer, such as the Llama, Qwen2 and Qwen3 families"
+            )
+        mx.set_cache_limit(_POOL_BYTES)
+        budget = int(settings.kv_bytes or _RESERVE * max(0, device.working_set_bytes - mx.get_active_memory()))
+        limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget)
+        engine = Engine(loaded, limits, exact=settings.exact)
+        self._stats = engine.stats()
+        notes = (*loaded.notes, f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}", f"BLAS: {blas.name}")
+        self._report([Ready(loaded.name, notes)])
+        return engine
+
+    def _take(self, engine: Engine) -> bool:
+        """Hand what came in to the engine, waiting while it has nothing to do; return False to end."""
+        while not self._inbox.empty() or not engine.busy:
+            item = self._inbox.get()
+            if item is None:
+                return False
+            job_id, prompt = item
+            engine.abort(job_id) if prompt is None else engine.add(job_id, prompt)
+        return True
+
+    def _report(self, events: list[Event]) -> None:
+        for event in events:
+            self._outbox.put(event)
+        if events:
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_write, b"!")
+        except BlockingIOError:
+            return  # the pipe is full of wake-ups already
+
+    def _drain_wakeups(self) -> None:
+        try:
+            os.read(self._wake_read, 65536)
+        except BlockingIOError:
+            return

@@ -1,0 +1,98 @@
+"""What passes between the worker's rooms: a `Prompt` into the engine, events out of it. Knows no Redis and no MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import RadixqError
+from common.messages import FinishReason, Sampling, Usage
+
+Tokens = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A job after prepare, ready to run.
+
+    Attributes:
+        tokens: int32 [P], at least one, with the chat template and BOS applied.
+        sampling: with `max_tokens` set (never None here) and bounded by the context length.
+        branches: ascending depths (tokens) at which other known jobs leave this prompt: the KV up to there is
+            wanted by somebody else too. Empty when nobody shares.
+    """
+
+    tokens: Tokens
+    sampling: Sampling
+    branches: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and the engine takes prompts."""
+
+    model: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One sequence ended by itself."""
+
+    id: str
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """One sequence failed alone."""
+
+    id: str
+    error: RadixqError
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The engine cannot go on: the model did not load, or the thread ended by a defect. Nothing follows."""
+
+    error: RadixqError
+
+
+Event = Ready | Finished | Failed | Died
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's counters (since start) and gauges (now); names as in `radixq:metrics:WORKER`."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefill_tokens: int = 0
+    completion_tokens: int = 0
+    computed_tokens: int = 0
+    cache_nodes: int = 0
+    cache_bytes: int = 0
+    cache_bytes_limit: int = 0
+    pinned_bytes: int = 0
+    evicted_nodes: int = 0
+    evicted_bytes: int = 0
+    poisoned_nodes: int = 0
+    herd_waits: int = 0
+    prefix_bytes_saved: int = 0
+    batch_rows: int = 0
+    batch_rows_max: int = 0
+    cohorts: int = 0
+    decode_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    attention_form: str = ""
+    active_bytes: int = 0
+    peak_bytes: int = 0
+    last_token_at: float | None = field(default=None)
+    """`time.time()` of the last decoded token."""
