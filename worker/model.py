@@ -1,0 +1,278 @@
+"""Load the model that MLX_MODEL_PATH names and describe it: cache kinds, bytes per token, context length.
+
+Knows no Redis, no queue and no job. Every way to fail is `ModelNotLoaded`, with the reason and the fix. Importing this
+room imports MLX, so `worker.platform.prepare()` comes first; the thread that calls `load` is the one that may compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+from huggingface_hub.errors import HfHubHTTPError
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from common.errors import ModelNotLoaded
+from worker import gguf
+from worker.platform import DeviceInfo
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "model_max_length")
+_SHOW_SUPPORTED = "ls $(python -c 'import mlx_lm.models as m; print(m.__path__[0])')"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_EDGE_BYTES = 1 << 20  # of a weight file, read at its beginning and at its end for the digest
+_MAX_REASON = 300  # characters of a library's message: one that lists all weights is longer than a screen
+# What mlx-lm and transformers raise for a file that is broken or not what they expect.
+_LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """What a process needs that renders and counts tokens but computes nothing."""
+
+    tokenizer: TokenizerWrapper
+    name: str  # hub id, directory name, or file name without `.gguf`
+    context_length: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to compute, all arrays evaluated, with what the other rooms ask about it."""
+
+    model: Module = field(repr=False)
+    tokenizer: TokenizerWrapper = field(repr=False)
+    name: str
+    digest: str  # names the content of the files: KV of different digests never mixes
+    dtype: str  # of the KV, for example "float32"
+    num_layers: int
+    kv_bytes_per_token: int  # one row, all layers, keys and values
+    context_length: int
+    vocab_size: int  # width of the logits, which may exceed the tokenizer's
+    cache_kind: str  # "plain", or the classes of the model's caches
+    eos_token_ids: frozenset[int]
+    notes: tuple[str, ...]  # what a person should know about how it was loaded
+
+
+def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> LoadedModel:
+    """Load weights and tokenizer of a directory, a hub id or a `.gguf` file, and run one token through them.
+
+    `dtype` is float32, float16, bfloat16 (weights are unpacked to it) or stored; None takes float32 on the CPU, unless
+    that needs more than half of the memory, and stored on Metal.
+    """
+    path, name = _find(path_or_id)
+    read = _read_tokenizer(path, name)
+    model, native = _read_model(path)
+    target, notes = _choose_dtype(model, dtype, device)
+    _convert(model, target, native)
+    mx.eval(model.parameters())  # type: ignore[no-untyped-call]
+    return LoadedModel(
+        model=model,
+        tokenizer=read.tokenizer,
+        name=name,
+        digest=_digest(path),
+        num_layers=len(model.layers),
+        context_length=read.context_length,
+        eos_token_ids=read.eos_token_ids,
+        notes=notes,
+        **_run_one_token(model, path),
+    )
+
+
+def load_tokenizer(path_or_id: str) -> LoadedTokenizer:
+    """Load the tokenizer alone, the same as `load` does, without reading weights."""
+    return _read_tokenizer(*_find(path_or_id))
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _find(path_or_id: str) -> tuple[Path, str]:
+    """Return a directory or a file that exists, and the model's name."""
+    path = Path(os.path.abspath(Path(path_or_id).expanduser()))  # keeps the name of a symbolic link
+    if path.is_dir():
+        return path, path.name
+    if path.exists():
+        return path, path.name.removesuffix(".gguf")
+    if not _HUB_ID.fullmatch(path_or_id):
+        raise ModelNotLoaded(
+            f"MLX_MODEL_PATH={path_or_id!r} does not exist: give a directory, a .gguf file or a hub id (owner/name)"
+        )
+    try:
+        return mlx_lm.utils._download(path_or_id), path_or_id  # what mlx_lm.load does with a hub id
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        raise ModelNotLoaded(
+            f"MLX_MODEL_PATH={path_or_id!r} is neither a path that exists nor a model that could be fetched from the "
+            f"hub ({_brief(error)}): check the spelling and the network, or download it and give its directory"
+        ) from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = mlx_lm.utils.load_config(directory)
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError("it has no model_type")
+    except FileNotFoundError as error:
+        raise ModelNotLoaded(f"{directory} has no config.json{_hint(directory)}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelNotLoaded(f"cannot read {directory}/config.json: {_brief(error)}; download it again") from error
+    return dict(config)
+
+
+def _hint(directory: Path) -> str:
+    inside = sorted(directory.glob("*.gguf"))
+    if inside:
+        return f": to load the file in it, set MLX_MODEL_PATH={inside[0]}"
+    return ": a model directory holds config.json, model*.safetensors and tokenizer files, as on the hub"
+
+
+def _digest(path: Path) -> str:
+    """Hash names, sizes and content; of weight files the first and last megabyte, to stay under a second."""
+    names = ("*.json", "*.safetensors", "*.model", "*.jinja")
+    files = [path] if path.is_file() else sorted({file for name in names for file in path.glob(name)})
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            if file.suffix not in (".safetensors", ".gguf"):
+                digest.update(content.read())
+                continue
+            digest.update(content.read(_EDGE_BYTES))
+            content.seek(max(0, size - _EDGE_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:_MAX_REASON]
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------------------
+
+
+def _read_tokenizer(path: Path, name: str) -> LoadedTokenizer:
+    if path.is_file():
+        header = gguf.read_header(path)
+        config, tokenizer = gguf.load_config(header, path), gguf.load_tokenizer(header, path)
+    else:
+        config = _read_config(path)
+        tokenizer = _read_directory_tokenizer(path, config)
+    if not tokenizer.has_chat_template:
+        raise ModelNotLoaded(
+            f"{path} has no chat template, so it is a base model or a part is missing: take the instruct version"
+            + ("" if path.is_file() else ", or add chat_template.jinja")
+        )
+    return LoadedTokenizer(tokenizer, name, _context_length(config, path), frozenset(tokenizer.eos_token_ids))
+
+
+def _read_directory_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
+    if not any(file for name in _TOKENIZER_FILES for file in path.glob(name)):
+        raise ModelNotLoaded(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it from the model's page")
+    try:
+        # Without trust_remote_code, transformers asks on the terminal whether to run the model's own code.
+        never = {"trust_remote_code": False}
+        ends = config.get("eos_token_id")
+        tokenizer: TokenizerWrapper = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        raise ModelNotLoaded(f"cannot load the tokenizer of {path}: {_brief(error)}; download it again") from error
+    return tokenizer
+
+
+def _context_length(config: dict[str, Any], path: Path) -> int:
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(part.get(key), int):
+                return int(part[key])
+    raise ModelNotLoaded(
+        f"the config of {path} names no context length: set max_position_embeddings in it to the longest prompt plus "
+        "answer, in tokens, that the model should take"
+    )
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+def _read_model(path: Path) -> tuple[Module, mx.Dtype | None]:
+    """Return the model as stored, lazily, and the dtype to bring its floats to where the file mixes them."""
+    if path.is_file():
+        header = gguf.read_header(path)
+        return gguf.load_model(header, path), header.float_dtype
+    model_type = _read_config(path)["model_type"]
+    try:
+        return mlx_lm.utils.load_model(path, lazy=True)[0], None
+    except FileNotFoundError as error:
+        raise ModelNotLoaded(f"{path} has no model*.safetensors{_hint(path)}") from error
+    except _LIBRARY_ERRORS as error:
+        if f"Model type {model_type} not supported" in str(error):
+            raise ModelNotLoaded(
+                f"{path} is of type {model_type!r}, which mlx-lm {mlx_lm.__version__} does not know; "
+                f"see what it knows: {_SHOW_SUPPORTED}"
+            ) from error
+        raise ModelNotLoaded(f"cannot load the weights of {path}: {_brief(error)}; download it again") from error
+
+
+def _choose_dtype(model: Module, dtype: str | None, device: DeviceInfo) -> tuple[str, tuple[str, ...]]:
+    """Return the name of a dtype, or `stored`, and what there is to say about the choice."""
+    if dtype is not None:
+        return dtype, ()
+    if device.kind == "metal":
+        return "stored", ()
+    if any("global_scale" in module for module in model.modules()):  # type: ignore[no-untyped-call]
+        return "stored", ("its NVFP4 weights cannot be unpacked by mlx-lm, so they stay as stored",)
+    num_parameters: int = mlx_lm.utils.get_total_parameters(model)  # type: ignore[no-untyped-call]
+    needed, limit = 4 * num_parameters, device.total_memory_bytes // 2
+    if needed > limit:
+        return "stored", (
+            f"float32 would take {needed / 1e9:.1f} GB, more than half of the memory ({limit / 1e9:.1f} GB): weights "
+            "stay as stored, which is slower on the CPU; RADIXQ_DTYPE=float32 unpacks them all the same",
+        )
+    return "float32", ()
+
+
+def _convert(model: Module, target: str, native: mx.Dtype | None) -> None:
+    if target == "stored":
+        if native is not None:
+            model.set_dtype(native)
+        return
+    model.set_dtype(_DTYPES[target])  # first the scales, so that unpacking rounds only once
+    mlx_lm.utils.dequantize_model(model)
+    model.set_dtype(_DTYPES[target])
+
+
+def _run_one_token(model: Module, path: Path) -> dict[str, Any]:
+    """Measure what the model really caches and returns; leaves no memory behind."""
+    try:
+        cache = make_prompt_cache(model)
+        logits = model(mx.zeros((1, 1), mx.int32), cache=cache)
+        mx.eval(logits)
+    except _LIBRARY_ERRORS as error:
+        raise ModelNotLoaded(f"the model of {path} cannot compute one token: {_brief(error)}") from error
+    kinds = sorted({type(layer).__name__ for layer in cache})
+    keys_and_values = [(leaf.keys, leaf.values) for leaf in _leaves(cache) if getattr(leaf, "keys", None) is not None]
+    dtype = keys_and_values[0][0].dtype if keys_and_values else logits.dtype
+    measured = {
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        # [B, H, T, D]; T is what the cache allocated, more than the one token in it
+        "kv_bytes_per_token": sum(part.nbytes // part.shape[2] for pair in keys_and_values for part in pair),
+        "vocab_size": logits.shape[-1],
+        "cache_kind": "plain" if kinds == ["KVCache"] else ", ".join(kinds),
+    }
+    del cache, logits, keys_and_values
+    mx.clear_cache()
+    return measured
+
+
+def _leaves(cache: Any) -> Iterator[Any]:
+    for layer in cache:
+        yield from _leaves(layer.caches) if hasattr(layer, "caches") else (layer,)
