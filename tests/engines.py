@@ -128,13 +128,13 @@ def family(rng: np.random.Generator, *, jobs: int = 6, vocab: int = 290) -> dict
     return prompts
 
 
-def alone(model: Any, tokens: Tokens, max_tokens: int) -> tuple[list[int], list[np.ndarray]]:
+def alone(model: Any, tokens: Tokens, max_tokens: int, *, eos: int = EOS) -> tuple[list[int], list[np.ndarray]]:
     """Return mlx-lm's greedy tokens and log-probabilities [V] for one job, up to and with the end of text."""
     chosen, rows = [], []
     for token, logprobs in generate_step(mx.array(tokens), model, max_tokens=max_tokens):
         chosen.append(int(token))
         rows.append(np.array(logprobs.astype(mx.float32)))
-        if chosen[-1] == EOS:
+        if chosen[-1] == eos:
             break
     return chosen, rows
 

@@ -1,0 +1,118 @@
+"""From `producer.submit` through a real server and a real worker process to the answer, and what the cache did."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from redis import Redis
+
+from common import keys
+from producer import GenerationFailed
+from tests.integration.conftest import Pipeline
+
+_number = itertools.count()
+
+
+def unique(words: int) -> str:
+    """Return a text that no other test sent, so that nothing of it is in the cache."""
+    mark = next(_number)
+    return " ".join(f"w{mark}x{i}" for i in range(words))
+
+
+class TestFullPipelineIntegration:
+    """A job's whole way."""
+
+    def test_simple_chat_completion(self, pipeline: Pipeline) -> None:
+        ticket = pipeline.submit("Say hello.", system=unique(3), max_tokens=8)
+        result = ticket.result(timeout_s=300)
+        assert result.status == "finished"
+        assert result.text is not None
+        assert result.usage is not None
+        assert 1 <= result.usage.completion_tokens <= 8
+        assert result.usage.prompt_tokens == result.usage.cached_tokens + result.usage.prefill_tokens
+        with Redis.from_url(pipeline.url, decode_responses=True) as client:
+            fields = client.hgetall(keys.result(ticket.id))
+        assert fields["text"] == result.text  # type: ignore[index]
+        assert fields["prompt_tokens"] == str(result.usage.prompt_tokens)  # type: ignore[index]
+        assert fields["finish_reason"] in {"stop", "length"}  # type: ignore[index]
+
+    def test_prefix_caching(self, pipeline: Pipeline) -> None:
+        system = unique(12)
+        first = pipeline.run("One?", system=system, max_tokens=4).usage
+        second = pipeline.run("Two?", system=system, max_tokens=4).usage
+        assert first is not None
+        assert second is not None
+        assert second.cached_tokens > 0.6 * second.prompt_tokens
+        assert second.prefill_tokens < 0.5 * first.prefill_tokens
+
+    def test_concurrent_requests(self, pipeline: Pipeline) -> None:
+        system = unique(10)
+        tickets = [pipeline.submit(f"Question {i}?", system=system, max_tokens=6) for i in range(24)]
+        alone = {i: pipeline.run(f"Question {i}?", system=system, max_tokens=6).text for i in (0, 7, 23)}
+        results = [ticket.result(timeout_s=300) for ticket in tickets]
+        assert [r.status for r in results] == ["finished"] * 24
+        for i, text in alone.items():
+            assert results[i].text == text
+        usages = [r.usage for r in results if r.usage]
+        assert sum(u.cached_tokens for u in usages) > sum(u.prefill_tokens for u in usages)
+
+    def test_lru_eviction(self, pipeline: Pipeline) -> None:
+        if pipeline.real:
+            pytest.skip("fills the cache: only the tiny model's budget is small enough")
+        old = unique(20)
+        pipeline.run("Hi", system=old, max_tokens=2)
+        before = int(pipeline.fresh_metrics()["evicted_nodes"])
+        for _ in range(12):
+            pipeline.run("Hi", system=unique(20), max_tokens=2)
+        after = pipeline.fresh_metrics()
+        assert int(after["evicted_nodes"]) > before
+        assert int(after["cache_bytes"]) <= int(after["cache_bytes_limit"])
+        again = pipeline.run("Hi", system=old, max_tokens=2).usage
+        assert again is not None
+        assert again.cached_tokens < 0.5 * again.prompt_tokens
+
+    def test_a_job_that_fails_takes_nothing_with_it(self, pipeline: Pipeline) -> None:
+        good = pipeline.submit("Fine.", max_tokens=4)
+        bad = pipeline.submit(unique(20_000), max_tokens=4)
+        with pytest.raises(GenerationFailed) as caught:
+            bad.result(timeout_s=300)
+        assert caught.value.code == "context_length_exceeded"
+        assert good.result(timeout_s=300).status == "finished"
+
+
+class TestRadixTreeBehavior:
+    """What the tree finds."""
+
+    def test_prefix_match(self, pipeline: Pipeline) -> None:
+        """The longest common prefix is found, wherever the prompts part."""
+        base = unique(15).split()
+        whole = pipeline.run(" ".join(base), max_tokens=1).usage
+        assert whole is not None
+        hits = []
+        for kept in (3, 8, 13):
+            usage = pipeline.run(" ".join([*base[:kept], *unique(15 - kept).split()]), max_tokens=1).usage
+            assert usage is not None
+            hits.append(usage.cached_tokens)
+        assert hits == sorted(hits)
+        assert hits[0] < hits[1] < hits[2] < whole.prompt_tokens
+
+    def test_the_same_prompt_again_computes_one_token(self, pipeline: Pipeline) -> None:
+        text = unique(10)
+        first = pipeline.run("ignored", system=text, max_tokens=4)
+        again = pipeline.run("ignored", system=text, max_tokens=4)
+        assert again.usage is not None
+        assert again.usage.prefill_tokens == 1, "all but the prompt's last token was there"
+        assert again.text == first.text
+
+
+class TestMemoryManagement:
+    """What is held, and given back."""
+
+    def test_nothing_stays_pinned_when_nothing_runs(self, pipeline: Pipeline) -> None:
+        for i in range(4):
+            pipeline.run(f"Pin {i}", system=unique(5), max_tokens=3)
+        metrics = pipeline.fresh_metrics()
+        assert metrics["pinned_bytes"] == "0"
+        assert metrics["batch_rows"] == "0"
+        assert int(metrics["cache_bytes"]) > 0
