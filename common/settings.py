@@ -20,7 +20,9 @@ _TESTS = "RADIXQ_TEST_"  # belongs to the test suite
 class Settings(BaseModel):
     """Every setting with its default; the environment name is the alias, the unit is in the name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, validate_default=True, protected_namespaces=()
+    )  # pydantic before 2.10 protects the names model_*
 
     redis_url: str | None = Field(
         None, alias="RADIXQ_REDIS_URL", description="Redis URL; else RQ_REDIS_URL, else localhost"

@@ -1,0 +1,257 @@
+"""From what a caller wrote to a checked `GenerateJob`, or a refusal that names the field. Knows no Redis."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import reprlib
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypedDict, cast
+
+from pydantic import ValidationError
+
+from common import keys
+from common.errors import InvalidRequest, Unsupported
+from common.messages import GenerateJob, Sampling
+
+DEFAULT_TIMEOUT_S: Final = 3_600
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `submit`; None always means the default.
+
+    `timeout_s` counts from the moment the worker starts the job, never the time in the queue; default one hour.
+    """
+
+    system: str | None
+    messages: Sequence[Mapping[str, Any]] | None
+    prompt: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    model: str | None
+    queue: str | None
+    job_id: str | None
+    custom_id: str | None
+    metadata: Mapping[str, str] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    timeout_s: float | None
+
+
+_KNOWN: Final = ("text", *Options.__annotations__)
+_LATER: Final = {
+    "audio", "batch_id", "best_of", "depends_on", "echo", "expires_at", "format", "frequency_penalty",
+    "function_call", "functions", "grammar", "idempotency_key", "images", "json_schema", "logit_bias", "logprobs",
+    "max_queue_length", "n", "on_failure", "on_stopped", "on_success", "parallel_tool_calls", "presence_penalty",
+    "priority", "prompt_logprobs", "repetition_penalty", "response_format", "store", "stream", "stream_options",
+    "suffix", "tool_choice", "tools", "top_logprobs", "user", "webhooks",
+}  # fmt: skip
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_TEXT_FIELDS: Final = ("text", "messages", "prompt")
+_RULES: Final = {
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "union_tag_invalid": "has no known type; known are text and image_url",
+    "union_tag_not_found": "has no type; known are text and image_url",
+    "string_unicode": "is not valid Unicode: it holds a lone surrogate",
+}
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One checked job and where it goes.
+
+    Attributes:
+        source: the field that holds its text: `text`, `messages` or `prompt`.
+        named: whether the caller chose the id (it may then be taken).
+    """
+
+    job: GenerateJob
+    id: str
+    queue: str
+    timeout_s: int
+    source: str
+    named: bool
+
+
+def parse(fields: Mapping[str, Any], *, max_bytes: int) -> Request:
+    """Check everything that can be checked without a server.
+
+    Text of only spaces or newlines is allowed: it is a prompt like any other.
+
+    Raises:
+        InvalidRequest: with the field, as the caller wrote it, and its value, shortened.
+        Unsupported: a field or a content that a later version may take.
+    """
+    _refuse_unknown(fields)
+    given = {name: value for name, value in fields.items() if value is not None}
+    source = _source(given)
+    body = _body(given, source)
+    size = _num_chars(body)
+    if size > max_bytes:
+        raise too_large(source, size, max_bytes)
+    try:
+        job = GenerateJob.model_validate(body)
+    except ValidationError as error:
+        raise _refusal(error, body, source) from error
+    _refuse_content(job)
+    job_id = str(given.get("job_id", uuid.uuid4()))
+    return Request(job, job_id, _queue(given), _timeout_s(given), source, named="job_id" in given)
+
+
+def check_id(job_id: object) -> str:
+    """Return the id if RQ can take it, raise `InvalidRequest` if not."""
+    if not isinstance(job_id, str) or not _JOB_ID.fullmatch(job_id):
+        raise _wrong("job_id", job_id, "must be 1 to 128 letters, digits, '_' or '-'")
+    return job_id
+
+
+def too_large(source: str, num_bytes: int, max_bytes: int) -> InvalidRequest:
+    """Return the refusal of a job that is over `RADIXQ_MAX_JOB_BYTES`."""
+    return InvalidRequest(
+        f"{source}: the job takes {num_bytes:,} bytes, more than the {max_bytes:,} of RADIXQ_MAX_JOB_BYTES; "
+        "shorten it, or raise the setting here and on the workers",
+        field=source,
+    )
+
+
+def surrogate(fields: Mapping[str, Any]) -> InvalidRequest:
+    """Return the refusal of the string, somewhere in the fields, that cannot be written as UTF-8."""
+    for name, value in _strings(fields, ""):
+        if any("\ud800" <= char <= "\udfff" for char in value):
+            field = re.split(r"[.\[]", name, maxsplit=1)[0]
+            return _wrong(name, value, "is not valid Unicode: it holds a lone surrogate", field)
+    return InvalidRequest("a string is not valid Unicode: it holds a lone surrogate")
+
+
+def _strings(value: object, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield name, str(key)
+            yield from _strings(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _strings(item, f"{name}[{index}]")
+
+
+def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+    for name in fields:
+        if name in _KNOWN:
+            continue
+        if name in _LATER:
+            raise Unsupported(f"{name} is not supported by this version; leave it out", field=name)
+        close = difflib.get_close_matches(str(name), _KNOWN, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_KNOWN)}"
+        raise InvalidRequest(f"unknown field {_short.repr(name)}; {hint}", field=str(name))
+
+
+def _source(given: Mapping[str, Any]) -> str:
+    sources = [name for name in _TEXT_FIELDS if name in given]
+    if len(sources) != 1:
+        what = f"got {' and '.join(sources)}" if sources else "got none of them"
+        raise InvalidRequest(f"give exactly one of text, messages and prompt; {what}", field=(sources or ["text"])[-1])
+    if "system" in given and sources != ["text"]:
+        raise InvalidRequest(f"system goes with text only; put it into {sources[0]}", field="system")
+    for name in ("text", "prompt", "system"):
+        if name in given and not isinstance(given[name], str):
+            raise _wrong(name, given[name], "must be a string")
+        if given.get(name) == "":
+            raise InvalidRequest(f"{name} is empty", field=name)
+    return sources[0]
+
+
+def _body(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the fields of `GenerateJob`; what belongs to the queue is checked elsewhere."""
+    if "job_id" in given:
+        check_id(given["job_id"])
+    sampling = {name: given[name] for name in Sampling.model_fields if name in given}
+    body = {name: given[name] for name in GenerateJob.model_fields if name in given}
+    if source == "text":
+        turns = [("system", given.get("system")), ("user", given["text"])]
+        body["messages"] = [{"role": role, "content": content} for role, content in turns if content is not None]
+    return {**body, "sampling": sampling}
+
+
+def _num_chars(body: Mapping[str, Any]) -> int:
+    """Return a lower bound of the job's bytes, cheaply and whatever the types are."""
+    messages = body.get("messages")
+    texts = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
+    return sum(len(text) for text in (body.get("prompt"), *texts) if isinstance(text, str))
+
+
+def _refuse_content(job: GenerateJob) -> None:
+    if job.num_images:
+        index = next(i for i, message in enumerate(job.messages or ()) if message.num_images)
+        raise Unsupported(
+            f"messages[{index}].content holds a picture; pictures are not supported by this version", field="messages"
+        )
+    if not job.num_chars:
+        raise InvalidRequest("messages hold no text", field="messages")
+
+
+def _queue(given: Mapping[str, Any]) -> str:
+    model, queue = given.get("model"), given.get("queue")
+    if model is not None and not model.strip():
+        raise _wrong("model", model, "must name a model")
+    if queue is None:
+        return keys.DEFAULT_QUEUE if model is None else keys.model_queue(model)
+    if not isinstance(queue, str) or not queue.strip() or not queue.isprintable():
+        raise _wrong("queue", queue, "must be a printable name")
+    return queue
+
+
+def _timeout_s(given: Mapping[str, Any]) -> int:
+    value = given.get("timeout_s", DEFAULT_TIMEOUT_S)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 10**9:
+        raise _wrong("timeout_s", value, "must be a positive number of seconds")
+    return math.ceil(value)
+
+
+def _refusal(error: ValidationError, body: Mapping[str, Any], source: str) -> InvalidRequest:
+    """Translate the most specific of pydantic's errors into the caller's words."""
+    found = [(_path(cast("dict[str, Any]", e), body), e) for e in error.errors(include_url=False)]
+    path, first = max(found, key=lambda pair: len(pair[0]))  # the first of the longest: unions report every branch
+    if path[:1] == ["sampling"]:
+        path = path[1:]
+    if path[:1] == ["messages"] and source == "text":
+        path = [{"system": "system", "user": "text"}[body["messages"][path[1]]["role"]]]
+    name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+    field = str(path[0]) if path else source
+    if first["type"] == "missing":
+        return InvalidRequest(f"{name} is missing", field=field)
+    if first["type"] == "extra_forbidden":
+        return Unsupported(f"{name} is not supported by this version; leave it out", field=field)
+    rule = _RULES.get(first["type"]) or first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return _wrong(name, first["input"], rule, field)
+
+
+def _path(error: Mapping[str, Any], body: Any) -> list[Any]:
+    """Return where in the caller's own data an error lies: pydantic's location without its union branches."""
+    path: list[Any] = []
+    here = body
+    for step in error["loc"]:
+        leads = isinstance(here, Mapping) and step in here
+        leads = leads or (isinstance(here, (list, tuple)) and isinstance(step, int) and step < len(here))
+        if leads:
+            here = here[step]
+            path.append(step)
+    return [*path, error["loc"][-1]] if error["type"] == "missing" else path
+
+
+def _wrong(name: str, value: object, rule: str, field: str | None = None) -> InvalidRequest:
+    return InvalidRequest(f"{name}={_short.repr(value)} {rule}", field=field or name)
