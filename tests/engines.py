@@ -15,7 +15,8 @@ from mlx_lm.generate import generate_step
 from common.messages import Sampling
 from tests.models import EOS, tiny, tiny_tokenizer
 from worker import attention
-from worker.engine import Engine, Limits
+from worker.cache import Limits
+from worker.engine import Engine
 from worker.model import LoadedModel
 from worker.sequence import Event, Failed, Finished, Prompt, Tokens
 
@@ -38,7 +39,7 @@ class Watched:
         """Run the model."""
         out: mx.array = self.model(inputs, cache=cache)
         self.calls.append((inputs.shape[0], inputs.shape[1]))
-        if self.engine is not None and cache[0]._batch is self.engine._batch:
+        if self.engine is not None and getattr(cache[0], "_batch", None) is self.engine._batch:
             last = np.array(out[:, -1].astype(mx.float32))
             for job_id, row in zip(self.engine.running, last, strict=True):
                 self.logits[job_id].append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -105,8 +106,8 @@ def test_nothing_is_held_twice() -> None:
             peak = max(peak, run.engine.stats().cache_bytes)
     assert peak <= 1.1 * per_token * (256 + 8 * 65)
     kept = {job_id: [*p.tokens.tolist(), *run.tokens(job_id)[:-1]] for job_id, p in prompts.items()}
-    assert run.engine.tree.num_tokens == distinct_tokens({k: prompt(v) for k, v in kept.items()})
-    assert run.engine.stats().cache_bytes == per_token * run.engine.tree.num_tokens
+    assert run.engine.cache.tree.num_tokens == distinct_tokens({k: prompt(v) for k, v in kept.items()})
+    assert run.engine.stats().cache_bytes == per_token * run.engine.cache.tree.num_tokens
 
 
 def test_memory_that_the_counters_say_was_freed_is_freed() -> None:
@@ -114,8 +115,8 @@ def test_memory_that_the_counters_say_was_freed_is_freed() -> None:
     run.run(shared(4, 2048, own=500), seed=1)
     run.watched.logits.clear()
     mx.clear_cache()
-    before, held = mx.get_active_memory(), run.engine.tree.nbytes
-    run.engine.tree.evict(held)
+    before, held = mx.get_active_memory(), run.engine.cache.tree.nbytes
+    run.engine.cache.tree.evict(held)
     mx.clear_cache()
     assert before - mx.get_active_memory() == pytest.approx(held, rel=0.01)
 
@@ -159,7 +160,7 @@ def test_an_aborted_job_leaves_and_the_others_do_not_notice(when: int) -> None:
     assert set(done) == {"0", "2", "3"}
     for job_id in done:
         assert run.tokens(job_id) == alone(run.alone, prompts[job_id].tokens, 12)[0]
-    assert run.engine.tree.root.pins == 0
+    assert run.engine.cache.tree.root.pins == 0
 
 
 def test_a_job_that_can_never_fit_fails_alone_and_says_why() -> None:
@@ -183,57 +184,100 @@ def test_under_pressure_jobs_wait_and_all_finish_within_the_budget() -> None:
             assert isinstance(event, Finished)
             run.ended[event.id] = event
         blocked += run.engine.blocked
-        assert run.engine.tree.nbytes <= 150_000
+        assert run.engine.cache.tree.nbytes <= 150_000
     assert len(run.ended) == 12
     assert blocked > 0
 
 
-class Failing:
-    """A model that raises, or gives NaN for one row, at a chosen call."""
+class Flaky:
+    """A layer of the model, or all of it, that fails when told: raises, or gives NaN for one row."""
 
-    def __init__(self, model: Any, *, at: int, error: Exception | None = None, nan_row: int | None = None) -> None:
-        self.model, self.at, self.error, self.nan_row = model, at, error, nan_row
+    def __init__(self, inner: Any, *, when: Any, error: Exception | None = None, row: int = 0) -> None:
+        self.inner, self.when, self.error, self.row = inner, when, error, row
         self.calls = 0
 
-    def __call__(self, inputs: mx.array, cache: Any) -> mx.array:
+    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
         self.calls += 1
-        out: mx.array = self.model(inputs, cache=cache)
-        if self.calls == self.at and self.error is not None:
+        out: mx.array = self.inner(x, *args, **options)
+        if not self.when(self.calls, x):
+            return out
+        if self.error is not None:
             raise self.error
-        if self.calls == self.at and self.nan_row is not None:
-            out[self.nan_row] = mx.nan
-        return out
+        return mx.where(mx.arange(out.shape[0]).reshape(-1, 1, 1) == self.row, mx.nan, out)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
 
-def failing(run: Bench, **how: Any) -> None:
-    """Make the model of a bench fail once."""
-    run.watched.model = Failing(run.watched.model, **how)
+ALLOCATION = RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
-def test_a_step_that_fails_ends_its_rows_and_leaks_nothing(at: int) -> None:
-    run = bench(max_rows=4, chunk_tokens=64)
-    failing(run, at=at, error=RuntimeError("[metal::malloc] Unable to allocate"))
-    prompts = shared(8, 100)
+def two_branches(marked: int | None = None) -> dict[str, Prompt]:
+    """Return six jobs on each of two prefixes; the first prefix holds the token `marked`."""
+    prompts = {}
+    for name in "ab":
+        base = [1 if name == "a" else 2, *range(10, 90)]
+        if name == "a" and marked is not None:
+            base[40] = marked
+        for i in range(6):
+            prompts[f"{name}{i}"] = prompt([*base, 100 + i, *range(5)], 6, [81])
+    return prompts
+
+
+def unchanged(run: Bench, prompts: dict[str, Prompt], job_ids: Iterable[str]) -> None:
+    for job_id in job_ids:
+        event = run.ended[job_id]
+        assert isinstance(event, Finished), f"{job_id}: {event}"
+        job = prompts[job_id]
+        assert list(event.tokens) == alone(run.alone, job.tokens, job.max_tokens)[0], job_id
+
+
+def nothing_leaks(run: Bench) -> None:
+    assert run.engine.cache.tree.root.pins == 0
+    stats = run.engine.stats()
+    assert stats.cache_bytes == run.engine.cache.tree.num_tokens * run.engine._loaded.kv_bytes_per_token
+    assert stats.pinned_bytes == 0
+
+
+@pytest.mark.parametrize("error", [ALLOCATION, ValueError("shapes"), None], ids=["memory", "exception", "nan"])
+@pytest.mark.parametrize("at", [1, 2, 4, 6, 9, 13])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_failure_in_any_layer_at_any_step_changes_no_answer(layer: int, at: int, error: Exception | None) -> None:
+    run = bench(max_rows=5, chunk_tokens=32)
+    layers = run.watched.model.model.layers
+    layers[layer] = Flaky(layers[layer], when=lambda call, _: call == at, error=error)
+    prompts = two_branches()
     run.run(prompts)
-    failed = [e for e in run.ended.values() if isinstance(e, Failed)]
-    assert set(run.ended) == set(prompts)
-    assert failed
-    assert {e.error.code for e in failed} == {"out_of_memory"}
-    assert run.engine.tree.root.pins == 0
-    done = run.run({"after": prompts["0"]})
-    assert run.tokens("after") == alone(run.alone, prompts["0"].tokens, 4)[0]
-    assert done["after"].usage.prompt_tokens == 105
+    unchanged(run, prompts, prompts)
+    nothing_leaks(run)
 
 
-def test_a_row_with_nan_logits_fails_alone() -> None:
-    run = bench(max_rows=4)
-    prompts = {str(i): prompt(range(i, i + 10), 6) for i in range(3)}
-    failing(run, at=4, nan_row=1)
-    done = run.run(prompts)
-    assert len(done) == 2
-    for job_id in done:
-        assert run.tokens(job_id) == alone(run.alone, prompts[job_id].tokens, 6)[0]
+def test_a_prefix_that_always_fails_takes_its_own_jobs_and_no_others() -> None:
+    run = bench(max_rows=5, chunk_tokens=32)
+    prompts = two_branches(marked=295)
+    run.watched.model = Flaky(
+        run.watched.model, when=lambda _, x: bool(mx.any(x == 295)), error=ValueError("this token breaks it")
+    )
+    run.run(prompts, seed=1)
+    failed = {job_id for job_id, event in run.ended.items() if isinstance(event, Failed)}
+    assert failed == {job_id for job_id in prompts if job_id.startswith("a")}
+    unchanged(run, prompts, set(prompts) - failed)
+    assert run.engine.stats().poisoned_nodes == 1
+    nothing_leaks(run)
+
+
+def test_a_job_whose_logits_are_never_finite_fails_alone_and_says_so() -> None:
+    run = bench(max_rows=5)
+    prompts = {str(i): prompt([i, *range(20, 40)], 6) for i in range(4)}
+    layers = run.watched.model.model.layers
+    layers[1] = Flaky(layers[1], when=lambda *_: "bad" in run.engine.running, row=0)
+    run.run({"bad": prompt([*range(20), 292], 6), **prompts})  # first given, so first row of the batch
+    failed = run.ended["bad"]
+    assert isinstance(failed, Failed)
+    assert failed.error.code == "internal"
+    assert "not finite" in str(failed.error)
+    unchanged(run, prompts, prompts)
+    nothing_leaks(run)
 
 
 def text_of(run: Bench, job_id: str) -> str:

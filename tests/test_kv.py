@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -22,10 +24,13 @@ def new_tokens(rows: int, columns: int, value: float) -> mx.array:
 
 def feed(batch: Batch, columns: int, value: float) -> None:
     """Run a pass in which every layer writes its new tokens."""
-    batch.begin(columns)
-    for cache in batch.caches():
-        cache.update_and_fetch(new_tokens(len(batch), columns, value), new_tokens(len(batch), columns, -value))
-    batch.advance()
+
+    def model(tokens: mx.array, cache: list[Any]) -> mx.array:
+        for layer in cache:
+            layer.update_and_fetch(new_tokens(len(batch), columns, value), new_tokens(len(batch), columns, -value))
+        return mx.zeros((*tokens.shape, 5))
+
+    batch.forward(model, np.zeros((len(batch), columns), np.int32), [columns] * len(batch))
     batch.evaluate()
 
 
@@ -110,7 +115,6 @@ def test_the_mask_shows_each_row_its_own_tail_up_to_the_new_token() -> None:
     assert np.array(batch.mask(2))[0, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     feed(other, 1, 2)
     batch.join(other)
-    batch.begin(1)
     assert np.array(batch.mask(1))[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
@@ -120,7 +124,7 @@ def test_what_is_dropped_from_the_front_leaves_the_rest_in_place() -> None:
     batch.drop_front(0, 2)
     batch.set_path(0, Path([(kv(2, 0), 2)]))
     assert tails(batch) == [[3, 4, 5], [1, 2, 3, 4, 5]]
-    batch.begin(1)
+    feed(batch, 1, 9)
     assert batch.offset.tolist() == [5, 5]
 
 

@@ -4,24 +4,27 @@ One step runs a chunk of the current prefill and one decode step of all running 
 at a time and in the order in which jobs were given: a *segment* that several known jobs need becomes a node of the
 tree; the *tails* of jobs whose shared part is complete run together and join the batch. So N jobs with one cold
 prefix find it computed once, by the first of them.
+
+Whatever fails, fails with a whole call of the model. All rows in it run once more, each alone, and what fails then has
+nobody else to blame. A segment that failed never enters the tree and is remembered; who needs it runs alone as well.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from common.errors import ContextLengthExceeded, InternalError, OutOfMemory, RadixqError
+from common.errors import InternalError, OutOfMemory, RadixqError
 from common.log import logger
-from worker.kv import KV, Batch
+from worker.cache import Limits, PrefixCache, Reuse
 from worker.model import LoadedModel
-from worker.radix import Match, RadixTree, common_prefix
+from worker.radix import Match, common_prefix
 from worker.row import Answer, Row
 from worker.sampling import Sampler, sample
 from worker.sequence import EngineStats, Event, Failed, Prompt, Tokens
@@ -29,21 +32,10 @@ from worker.sequence import EngineStats, Event, Failed, Prompt, Tokens
 MIN_SHARED_TOKENS = 16
 """A shared piece shorter than this is computed per row: a node of its own would cost more than it saves."""
 
+MAX_POISONED = 64
+"""Failed prefixes that are remembered, so that later jobs do not wait for them again."""
+
 log = logger("worker.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the engine may use.
-
-    Attributes:
-        kv_bytes: bound on tree and tails together, worst case.
-        chunk_tokens: prompt tokens between two decode steps.
-    """
-
-    max_rows: int
-    chunk_tokens: int
-    kv_bytes: int
 
 
 @dataclass(slots=True)
@@ -51,14 +43,14 @@ class Fill:
     """A prefill under way: the same number of columns for every row, shorter rows padded on the right.
 
     Attributes:
-        rows: the jobs. One for a segment, where it is charged with it; all that join for tails.
-        tokens: what is left to run per row.
+        rows: the jobs. One for a segment, which is charged with it; all that join for tails.
+        tokens: what is to run per row.
         segment: whether the result becomes a node of the tree.
     """
 
     rows: list[Row]
     tokens: list[Tokens]
-    batch: Batch
+    batch: Any
     segment: bool
     done: int = 0
 
@@ -69,31 +61,32 @@ class Fill:
 
 
 class Engine:
-    """Rows, tree and batch of one model. Not thread-safe: the thread that loaded the model calls everything.
+    """Rows, cache and batch of one model. Not thread-safe: the thread that loaded the model calls everything.
 
     Attributes:
-        tree: the KV cache; lives as long as the engine.
+        cache: the prefixes; they live as long as the engine.
         blocked: the next job does not fit into memory until a running one ends.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, *, exact: bool) -> None:
-        self.tree: RadixTree[KV] = RadixTree()
+    def __init__(self, loaded: LoadedModel, limits: Limits, *, exact: bool, reuse: Reuse = "shared") -> None:
+        self.cache = PrefixCache(loaded, limits, exact=exact, reuse=reuse)
         self.blocked = False
         self._loaded = loaded
         self._model: Any = loaded.model
         self._limits = limits
-        self._exact = exact
         self._waiting: deque[Row] = deque()
+        self._retries: deque[Row] = deque()
+        self._poisoned: deque[Tokens] = deque(maxlen=MAX_POISONED)
         self._fill: Fill | None = None
         self._rows: list[Row] = []
-        self._batch = Batch(loaded.num_layers, exact=exact)
+        self._batch = self.cache.new_batch()
         self._splits_seen = 0
-        self._stats = EngineStats(cache_bytes_limit=limits.kv_bytes, attention_form="packed" if exact else "merged")
+        form = ("packed" if exact else "merged") if reuse == "shared" else reuse
+        self._stats = EngineStats(cache_bytes_limit=limits.kv_bytes, attention_form=form)
 
     def add(self, job_id: str, prompt: Prompt) -> None:
         """Queue a job; it runs in a later `step`."""
-        answer = Answer(self._loaded.tokenizer, prompt.sampling.stop)
-        self._waiting.append(Row(job_id, prompt, answer, Sampler(prompt.sampling, job_id)))
+        self._waiting.append(self._new_row(job_id, prompt))
 
     def abort(self, job_id: str) -> None:
         """Forget a job, wherever it is; nothing more is said of it. Unknown ids are ignored."""
@@ -101,14 +94,14 @@ class Engine:
             if row.id == job_id:
                 self._leave(index)
                 return
-        for row in [*self._waiting, *(self._fill.rows if self._fill else ())]:
+        for row in (*self._waiting, *self._retries, *self._filling):
             if row.id == job_id:
                 row.aborted = True
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._waiting or self._fill or self._rows)
+        return bool(self._waiting or self._retries or self._fill or self._rows)
 
     @property
     def running(self) -> list[str]:
@@ -116,14 +109,11 @@ class Engine:
         return [row.id for row in self._rows]
 
     def step(self) -> list[Event]:
-        """Run one chunk of prefill and one decode step; return what ended.
-
-        A failure of the model ends the jobs that took part in the call, and no others.
-        """
-        events: list[Event] = []
+        """Run one chunk of prefill and one decode step; return what ended."""
         self._follow_splits()
-        if self._fill is None:
-            self._fill = self._next_fill(events)
+        events: list[Event] = []
+        if self._fill is None and not any(row.retry for row in self._rows):
+            self._fill = self._next_retry() if self._retries else self._next_fill(events)
         if self._fill:
             events += self._guarded(self._run_fill, self._fill.rows)
         if self._rows:
@@ -132,14 +122,16 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return counters and gauges as of now."""
-        tree, rows = self.tree, len(self._rows)
+        tree, filling = self.cache.tree, self._fill.batch.nbytes if self._fill else 0
         return replace(
             self._stats,
             cache_nodes=tree.num_nodes,
-            cache_bytes=tree.nbytes + self._batch.nbytes,
+            cache_bytes=tree.nbytes + self._batch.nbytes + filling,
             pinned_bytes=tree.pinned_bytes,
+            evicted_nodes=self.cache.evicted.nodes,
+            evicted_bytes=self.cache.evicted.nbytes,
             prefix_bytes_saved=self._batch.copied_tokens * self._loaded.kv_bytes_per_token,
-            batch_rows=rows,
+            batch_rows=len(self._rows),
             cohorts=self._batch.num_cohorts,
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),
@@ -151,10 +143,12 @@ class Engine:
         Raises:
             RuntimeError: they do not.
         """
-        self.tree.check()
-        rows = [*self._rows, *(self._fill.rows if self._fill else ())]
-        if self.tree.root.pins != sum(row.node is not None for row in rows):
-            raise RuntimeError(f"{self.tree.root.pins} pins for {len(rows)} rows")
+        self.cache.tree.check()
+        reading = sum(row.node is not None for row in (*self._rows, *self._filling))
+        if self.cache.tree.root.pins != reading:
+            raise RuntimeError(f"{self.cache.tree.root.pins} pins for {reading} rows")
+        if len(self._batch) != len(self._rows):
+            raise RuntimeError(f"{len(self._batch)} rows in the batch for {len(self._rows)} jobs")
 
     # What to prefill next
 
@@ -168,90 +162,93 @@ class Engine:
                 self._waiting.popleft()
                 continue
             found = self._find(row)
+            if self._through_poison(row, found.length):
+                self._retries.append(self._new_row(row.id, row.prompt, retry=True))
+                self._waiting.popleft()
+                continue
             end = self._shared_end(row, found.length)
-            if end is not None and rows:
+            if rows and (end is not None or _wasteful(rows, row, found.length)):
                 break
-            if rows and _wasteful([*map(_own_tokens, rows), len(row.cacheable) - found.length]):
-                break
-            need = (end - found.length) if end else len(row.prompt.tokens) - found.length + row.max_tokens
-            self.tree.lock(found.node)  # before room is made: eviction must not take what was just found
-            if not self._make_room(need, rows):
-                self.tree.release(found.node)
+            need = end - found.length if end is not None else self.cache.worst_tail(row, found.length)
+            self.cache.attach(row, found.node, found.length)  # before room is made: what was found must stay
+            if not self.cache.make_room(need, (*self._rows, *rows)):
+                self.cache.detach(row)
                 if not (rows or self._rows):
-                    events.append(Failed(self._waiting.popleft().id, self._too_large(row)))
+                    events.append(Failed(self._waiting.popleft().id, self.cache.too_large(row)))
                     continue
                 self.blocked = not rows
                 break
-            row.node, row.prefix_tokens = found.node, found.length
             if end is not None:
                 return self._segment_fill(row, end)
             rows.append(self._waiting.popleft())
         return self._tail_fill(rows) if rows else None
 
-    def _find(self, row: Row) -> Match[KV]:
+    def _next_retry(self) -> Fill | None:
+        """Take one job that failed, once nothing else runs."""
+        if self._rows:
+            return None
+        row = self._retries.popleft()
+        if row.aborted:
+            return None
+        found = self.cache.find(row)
+        self.cache.attach(row, found.node, found.length)
+        self.cache.make_room(self.cache.worst_tail(row, found.length), ())
+        return self._tail_fill([row])
+
+    def _find(self, row: Row) -> Match[Any]:
         """Match a job against the tree, and against running rows: what a row holds for it alone becomes shared."""
-        wanted = row.cacheable
-        found = self.tree.match(wanted)
+        found = self.cache.find(row)
+        if self.cache.reuse != "shared":
+            return found
         best, shared = -1, found.length + MIN_SHARED_TOKENS - 1
         for index, other in enumerate(self._rows):
             held = other.tokens(other.prefix_tokens + self._batch.lengths[index])
-            if (common := common_prefix(held, wanted)) > shared:
+            if (common := common_prefix(held, row.cacheable)) > shared:
                 best, shared = index, common
-        if best < 0:
-            return found
-        self._share(best, shared)
-        return self.tree.match(wanted)
+        if best >= 0:
+            self._share(best, shared)
+        return self.cache.find(row)
 
     def _share(self, index: int, end: int) -> None:
         """Move a running row's KV up to depth `end` from its tail into the tree."""
         row, batch = self._rows[index], self._batch
-        tokens = row.tokens(end)
-        at = self.tree.match(tokens)
-        start, stop = at.length - row.prefix_tokens, end - row.prefix_tokens
-        node = at.node if start == stop else self.tree.insert(at, tokens[at.length :], batch.tail(index, start, stop))
-        self._attach(row, node, end)
-        batch.drop_front(index, stop)
-        batch.set_path(index, row.path())
+        moved = end - row.prefix_tokens
+        node = self.cache.keep(row, batch, index, end)
+        if node is not None:
+            self.cache.attach(row, node, end)
+            batch.drop_front(index, moved)
+            batch.set_path(index, row.path())
 
     def _shared_end(self, row: Row, start: int) -> int | None:
         """Return where the next segment from `start` ends that another known job needs too; None if none does."""
+        if self.cache.reuse == "none":
+            return None
         last = len(row.cacheable)
         others = (common_prefix(row.prompt.tokens, other.prompt.tokens) for other in self._waiting if other is not row)
         ends = [min(end, last) for end in (*row.prompt.branches, *others)]
         return min((end for end in ends if end - start >= MIN_SHARED_TOKENS), default=None)
 
-    def _make_room(self, tokens: int, starting: Sequence[Row]) -> bool:
-        """Evict until `tokens` more fit beside the tree and the worst case of all rows; return whether they do."""
-        per_token = self._loaded.kv_bytes_per_token
-        filling = self._fill.rows if self._fill else ()
-        tails = sum(row.worst_tail_tokens for row in (*self._rows, *filling, *starting))
-        over: int = self.tree.nbytes + (tails + tokens) * per_token - self._limits.kv_bytes
-        if over > 0:
-            evicted = self.tree.evict(over)
-            self._count(evicted_nodes=evicted.nodes, evicted_bytes=evicted.nbytes)
-            over -= evicted.nbytes
-        return over <= 0
-
-    def _too_large(self, row: Row) -> ContextLengthExceeded:
-        need = (len(row.prompt.tokens) + row.max_tokens) * self._loaded.kv_bytes_per_token
-        return ContextLengthExceeded(
-            f"{len(row.prompt.tokens)} prompt tokens and up to {row.max_tokens} of answer need {need / 1e9:.2f} GB "
-            f"of KV; the budget is {self._limits.kv_bytes / 1e9:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"
-        )
+    def _through_poison(self, row: Row, start: int) -> bool:
+        """Whether a prompt goes through a prefix that failed and has not been computed by anybody since."""
+        tokens = row.prompt.tokens
+        return any(len(bad) > start and common_prefix(bad, tokens) == len(bad) for bad in self._poisoned)
 
     def _segment_fill(self, row: Row, end: int) -> Fill:
-        tokens = row.prompt.tokens[row.prefix_tokens : end]
-        waits = sum(common_prefix(other.prompt.tokens, row.prompt.tokens) >= end for other in self._waiting) - 1
-        self._count(herd_waits=waits)
-        return self._open_fill([row], [tokens], segment=True)
+        self._count(herd_waits=sum(1 for _ in self._waiting_for(row, end)) - 1)
+        return self._open_fill([row], [row.prompt.tokens[row.prefix_tokens : end]], segment=True)
 
     def _tail_fill(self, rows: list[Row]) -> Fill:
         return self._open_fill(rows, [row.cacheable[row.prefix_tokens :] for row in rows], segment=False)
 
     def _open_fill(self, rows: list[Row], tokens: list[Tokens], *, segment: bool) -> Fill:
-        batch = Batch(self._loaded.num_layers, exact=self._exact, columns=max(map(len, tokens)))
+        batch = self.cache.new_batch(max(map(len, tokens)))
         batch.open([row.path() for row in rows])
         return Fill(rows, tokens, batch, segment)
+
+    def _waiting_for(self, row: Row, end: int) -> Iterator[Row]:
+        """Yield the waiting jobs that share a job's prompt up to depth `end`, itself among them."""
+        tokens = row.prompt.tokens
+        return (other for other in self._waiting if common_prefix(other.prompt.tokens, tokens) >= end)
 
     # Running the model
 
@@ -263,32 +260,27 @@ class Engine:
         if fill.done < fill.width:
             self._run_chunk(fill)
         if fill.done >= fill.width:
-            self._fill = None
             self._insert_segment(fill) if fill.segment else self._join(fill)
+            self._fill = None
         self._count(prefill_s=time.perf_counter() - began)
         return []
 
     def _run_chunk(self, fill: Fill) -> None:
         columns = min(max(1, self._limits.chunk_tokens // len(fill.rows)), fill.width - fill.done)
         block = np.zeros((len(fill.rows), columns), np.int32)
-        for line, row, tokens in zip(block, fill.rows, fill.tokens, strict=True):
-            piece = tokens[fill.done : fill.done + columns]
+        pieces = [tokens[fill.done : fill.done + columns] for tokens in fill.tokens]
+        for line, row, piece in zip(block, fill.rows, pieces, strict=True):
             line[: len(piece)] = piece
             self._count_prompt(row, len(piece))
-        fill.batch.begin(columns)
-        self._model(mx.array(block), cache=fill.batch.caches())
-        fill.batch.advance()
+        fill.batch.forward(self._model, block, [len(piece) for piece in pieces])
         fill.batch.evaluate()
         fill.done += columns
 
     def _insert_segment(self, fill: Fill) -> None:
-        (row,), (tokens,) = fill.rows, fill.tokens
-        end = row.prefix_tokens + len(tokens)
-        at = self.tree.match(row.prompt.tokens[:end])
-        if at.length < end:
-            start = at.length - row.prefix_tokens
-            self.tree.insert(at, tokens[start:], fill.batch.tail(0, start, len(tokens)))
-        self._detach(row)
+        (row,) = fill.rows
+        if self.cache.keep(row, fill.batch, 0, row.prefix_tokens + fill.width) is None:
+            raise InternalError(f"the KV of tokens {row.prefix_tokens} and on is not finite")
+        self.cache.detach(row)
 
     def _join(self, fill: Fill) -> None:
         fill.batch.trim([len(tokens) for tokens in fill.tokens])
@@ -302,10 +294,9 @@ class Engine:
     def _decode(self) -> list[Event]:
         """Give every running row its next token."""
         began = time.perf_counter()
-        rows, batch = self._rows, self._batch
-        batch.begin(1)
-        logits = self._model(mx.array([[row.next_input] for row in rows]), cache=batch.caches())[:, -1]
-        batch.advance()
+        rows = self._rows
+        inputs = np.array([[row.next_input] for row in rows], np.int32)
+        logits = self._batch.forward(self._model, inputs, [1] * len(rows))
         norm = mx.logsumexp(logits, axis=-1, keepdims=True)
         chosen, finite = sample(logits - norm, [row.sampler for row in rows]), mx.isfinite(norm[:, 0])
         mx.eval(chosen, finite)
@@ -323,8 +314,7 @@ class Engine:
             row = self._rows[index]
             if not finite[index]:
                 self._batch.wipe(index)
-                self._leave(index)
-                events.append(Failed(row.id, InternalError("the model gave logits that are not finite; see the log")))
+                events += self._give_up([row], InternalError("the model gave logits that are not finite numbers"))
             elif row.accept(tokens[index], self._loaded.eos_token_ids):
                 events.append(self._finish(index))
         return events
@@ -333,12 +323,8 @@ class Engine:
         """Keep a complete row's own KV in the tree, as far as memory allows, and let it go."""
         row = self._rows[index]
         finished = row.finished()
-        held = row.prefix_tokens + self._batch.lengths[index]
-        tokens = row.tokens(held)
-        at = self.tree.match(tokens)
-        if at.length < held and self._make_room(0, ()):
-            own = self._batch.tail(index, at.length - row.prefix_tokens, held - row.prefix_tokens)
-            self.tree.insert(at, tokens[at.length :], own)
+        if self.cache.make_room(0, (*self._rows, *self._filling)):
+            self.cache.keep(row, self._batch, index, row.prefix_tokens + self._batch.lengths[index])
         self._leave(index)
         usage = finished.usage
         self._count(
@@ -349,13 +335,64 @@ class Engine:
         )
         return finished
 
+    # When something fails
+
+    def _guarded(self, work: Callable[[], list[Event]], rows: list[Row]) -> list[Event]:
+        """Run a part of a step; whatever the model throws ends here."""
+        failing = list(rows)
+        try:
+            return work()
+        except Exception as error:
+            log.exception("a step failed", extra={"rows": len(failing)})
+            return self._failed(failing, _translated(error))
+
+    def _failed(self, failing: list[Row], error: RadixqError) -> list[Event]:
+        """Drop a failed call's arrays, give its rows another try, and free memory if that was what it lacked."""
+        fill = self._fill if self._fill and self._fill.rows == failing else None
+        if fill is not None:
+            self._fill = None
+            if fill.segment:
+                (row,) = failing
+                end = row.prefix_tokens + fill.width
+                failing = list(self._waiting_for(row, end))
+                self._poisoned.append(row.prompt.tokens[:end])
+                self._count(poisoned_nodes=1)
+                log.warning("a shared prefix failed", extra={"tokens": fill.width, "waiting": len(failing)})
+        if isinstance(error, OutOfMemory):
+            self.cache.evict(self.cache.tree.nbytes // 2)
+            mx.clear_cache()
+        return self._give_up(failing, error)
+
+    def _give_up(self, rows: Iterable[Row], error: RadixqError) -> list[Event]:
+        """Take rows out of wherever they are; they run again, alone, unless they did so already."""
+        events: list[Event] = []
+        for row in rows:
+            if row in self._rows:
+                self._leave(self._rows.index(row))
+            if row in self._waiting:
+                self._waiting.remove(row)
+            self.cache.detach(row)
+            if row.retry:
+                events.append(Failed(row.id, error))
+            elif not row.aborted:
+                self._retries.append(self._new_row(row.id, row.prompt, retry=True))
+        return events
+
     # Bookkeeping
+
+    @property
+    def _filling(self) -> Sequence[Row]:
+        return self._fill.rows if self._fill else ()
+
+    def _new_row(self, job_id: str, prompt: Prompt, *, retry: bool = False) -> Row:
+        answer = Answer(self._loaded.tokenizer, prompt.sampling.stop)
+        return Row(job_id, prompt, answer, Sampler(prompt.sampling, job_id), retry=retry)
 
     def _follow_splits(self) -> None:
         """Let rows read the halves of nodes that were cut since the last step, so that nothing is held twice."""
-        if self.tree.num_splits == self._splits_seen:
+        if self.cache.tree.num_splits == self._splits_seen:
             return
-        self._splits_seen = self.tree.num_splits
+        self._splits_seen = self.cache.tree.num_splits
         fill = [(self._fill.batch, self._fill.rows)] if self._fill else []
         for batch, rows in [(self._batch, self._rows), *fill]:
             for index, row in enumerate(rows):
@@ -363,40 +400,10 @@ class Engine:
 
     def _leave(self, index: int) -> None:
         """Drop a running row; the last row takes its index, as in the batch."""
-        self._detach(self._rows[index])
+        self.cache.detach(self._rows[index])
         self._batch.leave(index)
         self._rows[index] = self._rows[-1]
         self._rows.pop()
-
-    def _attach(self, row: Row, node: Any, prefix_tokens: int) -> None:
-        self.tree.lock(node)
-        self._detach(row)
-        row.node, row.prefix_tokens = node, prefix_tokens
-
-    def _detach(self, row: Row) -> None:
-        if row.node is not None:
-            self.tree.release(row.node)
-        row.node, row.prefix_tokens = None, 0
-
-    def _guarded(self, work: Any, rows: list[Row]) -> list[Event]:
-        """Run a part of a step; if it fails, its rows fail and everything they held is given back."""
-        failing = list(rows)
-        try:
-            return work()  # type: ignore[no-any-return]
-        except Exception as error:  # the border around one batch: whatever the model throws
-            log.exception("a step failed", extra={"rows": len(failing)})
-            return self._drop(failing, _translated(error))
-
-    def _drop(self, rows: Iterable[Row], error: RadixqError) -> list[Event]:
-        failed = list(rows)
-        self._fill = None if self._fill and self._fill.rows == failed else self._fill
-        for row in failed:
-            if row in self._rows:
-                self._leave(self._rows.index(row))
-            self._detach(row)
-            if row in self._waiting:
-                self._waiting.remove(row)
-        return [Failed(row.id, error) for row in failed if not row.aborted]
 
     def _count_prompt(self, row: Row, tokens: int) -> None:
         row.computed_tokens += tokens
@@ -406,12 +413,9 @@ class Engine:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in increments.items()})
 
 
-def _own_tokens(row: Row) -> int:
-    return len(row.cacheable) - row.prefix_tokens
-
-
-def _wasteful(lengths: Sequence[int]) -> bool:
-    """Whether padding tails of these lengths to the longest would more than double the work."""
+def _wasteful(rows: Sequence[Row], row: Row, prefix_tokens: int) -> bool:
+    """Whether padding these rows' tails to the longest would more than double the work."""
+    lengths = [len(other.cacheable) - other.prefix_tokens for other in rows] + [len(row.cacheable) - prefix_tokens]
     return max(lengths) * len(lengths) > 2 * sum(lengths) + 16 * len(lengths)
 
 

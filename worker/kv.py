@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from worker.attention import Plan, merged, packed
 
@@ -37,9 +38,18 @@ class KV:
         """Return views of the first `count` tokens, per layer."""
         return [(k[:, :, :count], v[:, :, :count]) for k, v in self.layers]
 
+    def finite(self) -> bool:
+        """Whether every value is a finite number."""
+        return all_finite([x for pair in self.layers for x in pair])
+
     def copy(self, start: int, stop: int) -> KV:
         """Return tokens [start, stop) in buffers of their own."""
         return KV([(detached(k, start, stop), detached(v, start, stop)) for k, v in self.layers])
+
+
+def all_finite(arrays: Sequence[mx.array]) -> bool:
+    """Return whether no array holds NaN or infinity."""
+    return bool(mx.all(mx.stack([mx.all(mx.isfinite(x)) for x in arrays]))) if arrays else True
 
 
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
@@ -48,11 +58,11 @@ def detached(x: mx.array, start: int, stop: int) -> mx.array:
 
 
 class Path:
-    """The nodes above one row: KV and how many of its tokens the row uses, from the root down."""
+    """The nodes above one row: payload and how many of its tokens the row uses, from the root down."""
 
     __slots__ = ("nodes", "num_tokens")
 
-    def __init__(self, nodes: Sequence[tuple[KV, int]] = ()) -> None:
+    def __init__(self, nodes: Sequence[tuple[Any, int]] = ()) -> None:
         self.nodes = tuple(nodes)
         self.num_tokens = sum(used for _, used in self.nodes)
 
@@ -84,10 +94,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def caches(self) -> list[LayerCache]:
-        """Return one cache per layer for the model; not kept, since a cycle would hold KV until Python collects it."""
-        return [LayerCache(self, i) for i in range(len(self._tails))]
-
     @property
     def nbytes(self) -> int:
         """Bytes of the tail buffers, free columns included."""
@@ -115,23 +121,31 @@ class Batch:
         self.paths[row] = path
         self._plan = None
 
-    def begin(self, new_tokens: int) -> None:
-        """Make room for `new_tokens` more per row and fix positions; call before each forward pass."""
+    def forward(self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], counts: Sequence[int]) -> mx.array:
+        """Run the next tokens [B, L] of all rows, of which row b has `counts[b]`; return the last logits, [B, V].
+
+        What lies behind a row's count is padding: `trim` cuts it off before the row decodes.
+        """
+        self._begin(tokens.shape[1])
+        logits = model(mx.array(tokens), cache=[LayerCache(self, i) for i in range(len(self._tails))])
+        self.lengths = [n + self._new_tokens for n in self.lengths]
+        return logits[:, -1]  # type: ignore[no-any-return]
+
+    def _begin(self, new_tokens: int) -> None:
+        """Make room for `new_tokens` more per row and fix positions."""
+        if new_tokens > 1 and not self._aligned:
+            raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
         self._new_tokens = new_tokens
         starts = [p.num_tokens + n for p, n in zip(self.paths, self.lengths, strict=True)]
         self.offset = mx.array(starts, mx.int32)
         self._reserve(len(self), max(self._columns, max(self.lengths) + new_tokens))
-
-    def advance(self) -> None:
-        """Count the new tokens in; call after each forward pass."""
-        self.lengths = [n + self._new_tokens for n in self.lengths]
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Cut each row's tail to its real length: what lies behind it was padding."""
         self.lengths = list(lengths)
 
     def evaluate(self) -> None:
-        """Compute the tails and nothing else: logits of a prefill chunk are never needed."""
+        """Compute the tails and nothing else: the logits of a prefill chunk are never needed."""
         mx.eval(self._tails)
 
     def join(self, other: Batch) -> None:
@@ -161,7 +175,7 @@ class Batch:
             self._tails = [None] * len(self._tails)
 
     def tail(self, row: int, start: int, stop: int) -> KV:
-        """Return tokens [start, stop) of one row's tail: a copy, or the buffers themselves where they hold only that."""
+        """Return tokens [start, stop) of one row's tail: copied, unless the buffers hold just that."""
         first = self._tails[0]
         if first and first[0].shape[0] == 1 and (start, stop) == (0, first[0].shape[2]):
             return KV([t for t in self._tails if t])
@@ -220,10 +234,7 @@ class Batch:
 
     @property
     def _aligned(self) -> bool:
-        aligned = min(self.lengths) == max(self.lengths)
-        if not aligned and self._new_tokens > 1:
-            raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
-        return aligned
+        return min(self.lengths) == max(self.lengths)
 
     def _reserve(self, rows: int, columns: int, like: Batch | None = None) -> None:
         """Grow the buffers to hold `rows` x `columns`, or shrink them when most of it is unused."""

@@ -162,15 +162,24 @@ class RadixTree(Generic[P]):
         self._count(node, +1)
         return node
 
-    def evict(self, nbytes: int) -> Evicted:
-        """Drop least recently used unpinned leaves until `nbytes` are freed or none is left.
+    def fill(self, at: Match[P], payload: P) -> Node[P]:
+        """Give the node that ends at `at` a payload if its own is empty, splitting a node to make one end there."""
+        node = at.node if at.length == at.node.end else self._split(at.node, at.length)
+        if node.nbytes == 0:
+            self._count(node, -1)
+            node.payload = payload
+            self._count(node, +1)
+        return node
+
+    def evict(self, nbytes: int, nodes: int = 0) -> Evicted:
+        """Drop least recently used unpinned leaves until `nbytes` and `nodes` are freed or none is left.
 
         A parent that is left childless and unpinned becomes a leaf and goes in the same pass, in its turn.
         """
         leaves = [(n.last_used, id(n), n) for n in self.nodes() if not n.children and not n.pins]
         heapq.heapify(leaves)
         freed = count = 0
-        while leaves and freed < nbytes:
+        while leaves and (freed < nbytes or count < nodes):
             _, _, node = heapq.heappop(leaves)
             parent = node.parent
             assert parent is not None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.messages import FinishReason, Usage
-from worker.kv import KV, Path
+from worker.kv import Path
 from worker.radix import Node
 from worker.sampling import Sampler
 from worker.sequence import Finished, Prompt, Tokens
@@ -44,31 +44,27 @@ class Row:
         node: the locked tree node that holds the end of the row's prefix; None while it waits.
         prefix_tokens: how many leading tokens lie in the tree; the rest of its KV is in its tail.
         computed_tokens: prompt tokens whose computation this row caused.
+        retry: it failed once and runs alone now.
     """
 
     id: str
     prompt: Prompt
     answer: Answer
     sampler: Sampler
-    node: Node[KV] | None = None
+    node: Node[Any] | None = None
     prefix_tokens: int = 0
     computed_tokens: int = 0
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     aborted: bool = False
+    retry: bool = False
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
 
     @property
-    def max_tokens(self) -> int:
-        """The longest answer it may give."""
-        assert self.prompt.sampling.max_tokens is not None
-        return self.prompt.sampling.max_tokens
-
-    @property
-    def worst_tail_tokens(self) -> int:
-        """Tokens its tail can come to hold."""
-        return len(self.prompt.tokens) - self.prefix_tokens + self.max_tokens
+    def longest(self) -> int:
+        """Tokens that prompt and answer can come to."""
+        return len(self.prompt.tokens) + self.prompt.max_tokens
 
     @property
     def next_input(self) -> int:
@@ -90,7 +86,7 @@ class Row:
         """Return the shared KV above the row as the tree holds it now."""
         nodes = self.node.path() if self.node else []
         used = [(n.payload, min(n.end, self.prefix_tokens) - n.start) for n in nodes]
-        return Path([(kv, count) for kv, count in used if kv is not None and count > 0])
+        return Path([(held, count) for held, count in used if count > 0])
 
     def accept(self, token: int, eos: frozenset[int]) -> bool:
         """Take the next generated token; return whether the answer is complete."""
@@ -99,7 +95,7 @@ class Row:
         self.generated.append(token)
         if token in eos or self.answer.add(token):
             self.finish_reason = "stop"
-        elif len(self.generated) >= self.max_tokens:
+        elif len(self.generated) >= self.prompt.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason is not None
 
@@ -121,4 +117,5 @@ class Row:
             ),
             prefill_ms=(self.first_token - self.started) * 1e3,
             decode_ms=(time.perf_counter() - self.first_token) * 1e3,
+            tokens=tuple(self.generated),
         )

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 SPARE_PROMPTS = 8
 """Prompts asked for beyond the free rows, so that the next prefill need not wait for Redis."""
 _POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep; without a bound the pool grows for ever
-_RESERVE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
+_SHARE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
+
+_REUSE = {
+    "shared": "stored once and read in place",
+    "copied": "copied for each row: this model's attention cannot read shared ones",
+    "snapshot": "reused where the queue showed in advance that prompts part: this model keeps more than plain KV",
+    "none": "not reused: no way was found that leaves this model's tokens unchanged",
+}
 
 log = logger("worker.runner")
 
@@ -109,24 +116,26 @@ class Runner:
         # only now: what comes with mlx must find the BLAS that was opened first
         import mlx.core as mx
 
-        from worker import attention, model
-        from worker.engine import Engine, Limits
+        from worker import model, probe
+        from worker.cache import Limits
+        from worker.engine import Engine
 
         if settings.model_path is None:
             raise ModelNotLoaded("no model: set MLX_MODEL_PATH to a directory, a hub id or a .gguf file")
         device = platform.device()
         loaded = model.load(settings.model_path, dtype=settings.dtype, device=device)
-        if loaded.cache_kind != "plain" or attention.install(loaded.model) < loaded.num_layers:
-            raise ModelNotLoaded(
-                f"{loaded.name} keeps its context in {loaded.cache_kind}, which this version cannot share; "
-                "use a model with a plain KV cache in every layer, such as the Llama, Qwen2 and Qwen3 families"
-            )
         mx.set_cache_limit(_POOL_BYTES)
-        budget = int(settings.kv_bytes or _RESERVE * max(0, device.working_set_bytes - mx.get_active_memory()))
+        budget = int(settings.kv_bytes or _SHARE * max(0, device.working_set_bytes - mx.get_active_memory()))
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget)
-        engine = Engine(loaded, limits, exact=settings.exact)
+        way = probe.reuse(loaded.model)
+        engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
         self._stats = engine.stats()
-        notes = (*loaded.notes, f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}", f"BLAS: {blas.name}")
+        notes = (
+            *loaded.notes,
+            f"prefixes are {_REUSE[way]}",
+            f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}",
+            f"BLAS: {blas.name}",
+        )
         self._report([Ready(loaded.name, notes)])
         return engine
 

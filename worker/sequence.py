@@ -28,6 +28,12 @@ class Prompt:
     sampling: Sampling
     branches: tuple[int, ...] = ()
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest answer it may get."""
+        assert self.sampling.max_tokens is not None
+        return self.sampling.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -39,7 +45,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """One sequence ended by itself."""
+    """One sequence ended by itself. `tokens` are the generated ids, the end of text included."""
 
     id: str
     text: str
@@ -47,6 +53,7 @@ class Finished:
     usage: Usage
     prefill_ms: float
     decode_ms: float
+    tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
