@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -115,6 +116,11 @@ def bench(
 def prompt(tokens: Iterable[int], max_tokens: int = 8, branches: Sequence[int] = (), **sampling: Any) -> Prompt:
     """Make a prompt from token ids."""
     return Prompt(np.array(list(tokens), np.int32), Sampling(max_tokens=max_tokens, **sampling), tuple(branches))
+
+
+def examples(few: int) -> int:
+    """Return how many random examples to try; `ops/soak` asks for many more than the gate."""
+    return int(os.environ.get("RADIXQ_TEST_EXAMPLES", few))
 
 
 def family(rng: np.random.Generator, *, jobs: int = 6, vocab: int = 290) -> dict[str, Prompt]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule, run_state_machine_as_test
 
+from tests.engines import examples
 from worker.radix import Match, Node, RadixTree, common_prefix
 
 
@@ -186,5 +187,6 @@ class Operations(RuleBasedStateMachine):
         assert self.tree.num_tokens == len(self.model)
 
 
-TestOperations = Operations.TestCase
-TestOperations.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_random_operations_agree_with_a_set_of_prefixes() -> None:
+    chosen = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(Operations, settings=chosen)  # type: ignore[no-untyped-call]
