@@ -13,8 +13,8 @@ from common.messages import Sampling
 from worker.sampling import Sampler, sample
 
 
-def sampler(job_id: str = "job", /, **sampling: Any) -> Sampler:
-    return Sampler(Sampling(**sampling), job_id)
+def sampler(**sampling: Any) -> Sampler:
+    return Sampler(Sampling(**sampling))
 
 
 def logprobs(rows: int = 4, vocab: int = 50, seed: int = 0) -> mx.array:
@@ -35,9 +35,9 @@ def test_a_row_draws_the_same_numbers_alone_and_in_any_place_of_a_batch() -> Non
     assert [np.array(sample(table[2:3], alone))[0] for _ in range(5)] == together
 
 
-def test_without_a_seed_the_job_id_is_the_seed() -> None:
+def test_another_seed_gives_other_numbers_and_the_same_seed_the_same() -> None:
     table = logprobs(1, 5000)
-    draws = [sample(table, [sampler(job, temperature=1.0)]).item() for job in ("a", "a", "b", "c", "d")]
+    draws = [sample(table, [sampler(temperature=1.0, seed=seed)]).item() for seed in (1, 1, 2, 3, 4)]
     assert draws[0] == draws[1]
     assert len(set(draws)) > 2
 

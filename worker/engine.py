@@ -32,6 +32,10 @@ from worker.sequence import EngineStats, Event, Failed, Prompt, Tokens
 MIN_SHARED_TOKENS = 16
 """A shared piece shorter than this is computed per row: a node of its own would cost more than it saves."""
 
+FULL = 0.9  # of the rows: from here on there is one chunk of prefill between two decode steps
+BURST_CHUNKS, BURST_S = 8, 0.25  # below it, at most so many, or for so long
+UNEVEN_TOKENS = 256  # a tail this long may be moved into the tree to keep the batch's buffers small
+
 MAX_POISONED = 64
 """Failed prefixes that are remembered, so that later jobs do not wait for them again."""
 
@@ -109,15 +113,30 @@ class Engine:
         return [row.id for row in self._rows]
 
     def step(self) -> list[Event]:
-        """Run one chunk of prefill and one decode step; return what ended."""
-        self._follow_splits()
+        """Run some prefill and one decode step; return what ended.
+
+        Prefill is one chunk while the batch is full. While it is not, a decode step costs nearly as much and yields
+        less, so there may be more chunks, within bounds that keep running rows from standing still.
+        """
+        events: list[Event] = []
+        until = time.perf_counter() + BURST_S
+        for _ in range(BURST_CHUNKS):
+            events += self._prefill()
+            if self._fill is None and not self._waiting or len(self._rows) >= FULL * self._limits.max_rows:
+                break
+            if time.perf_counter() > until or self.blocked:
+                break
+        if self._rows:
+            events += self._guarded(self._decode, self._rows)
+        return events
+
+    def _prefill(self) -> list[Event]:
+        """Run the next chunk of prefill, if there is one."""
         events: list[Event] = []
         if self._fill is None and not any(row.retry for row in self._rows):
             self._fill = self._next_retry() if self._retries else self._next_fill(events)
         if self._fill:
             events += self._guarded(self._run_fill, self._fill.rows)
-        if self._rows:
-            events += self._guarded(self._decode, self._rows)
         return events
 
     def stats(self) -> EngineStats:
@@ -256,6 +275,7 @@ class Engine:
         """Run one chunk; when it was the last, put the result where it belongs."""
         fill = self._fill
         assert fill is not None
+        self._follow_splits()
         began = time.perf_counter()
         if fill.done < fill.width:
             self._run_chunk(fill)
@@ -294,6 +314,8 @@ class Engine:
     def _decode(self) -> list[Event]:
         """Give every running row its next token."""
         began = time.perf_counter()
+        self._even_out()
+        self._follow_splits()
         rows = self._rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
         logits = self._batch.forward(self._model, inputs, [1] * len(rows))
@@ -307,6 +329,19 @@ class Engine:
         self._count(decode_steps=1, decode_s=time.perf_counter() - began)
         self._stats = replace(self._stats, last_token_at=time.time())
         return events
+
+    def _even_out(self) -> None:
+        """Move the longest tails into the tree while the buffers, as wide as the longest, exceed what was reserved."""
+        while self.cache.reuse == "shared":
+            lengths = self._batch.lengths
+            widest = max(lengths)
+            reserved = sum(self.cache.worst_tail(row, row.prefix_tokens) for row in self._rows)
+            if widest < UNEVEN_TOKENS or len(lengths) * widest <= reserved:
+                return
+            index = lengths.index(widest)
+            self._share(index, self._rows[index].prefix_tokens + widest)
+            if self._batch.lengths[index] == widest:  # its values are not finite: the next logits will tell
+                return
 
     def _accept(self, tokens: list[int], finite: list[bool]) -> list[Event]:
         events: list[Event] = []
@@ -386,7 +421,7 @@ class Engine:
 
     def _new_row(self, job_id: str, prompt: Prompt, *, retry: bool = False) -> Row:
         answer = Answer(self._loaded.tokenizer, prompt.sampling.stop)
-        return Row(job_id, prompt, answer, Sampler(prompt.sampling, job_id), retry=retry)
+        return Row(job_id, prompt, answer, Sampler(prompt.sampling), retry=retry)
 
     def _follow_splits(self) -> None:
         """Let rows read the halves of nodes that were cut since the last step, so that nothing is held twice."""

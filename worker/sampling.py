@@ -15,13 +15,9 @@ from common.messages import Sampling
 
 @dataclass(slots=True)
 class Sampler:
-    """One row's way of choosing: its parameters, its seed and how many tokens it has drawn.
-
-    Without a seed the job's id is the seed, so that a retry gives the same answer.
-    """
+    """One row's way of choosing: its parameters and how many tokens it has drawn."""
 
     sampling: Sampling
-    job_id: str
     drawn: int = field(default=0)
 
     @property
@@ -31,8 +27,7 @@ class Sampler:
 
     def next_key(self) -> tuple[int, int]:
         """Return the random key of the row's next token; it depends on seed and position alone."""
-        seed = self.sampling.seed if self.sampling.seed is not None else self.job_id
-        digest = hashlib.blake2b(f"{seed}/{self.drawn}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.sampling.seed}/{self.drawn}".encode(), digest_size=8).digest()
         self.drawn += 1
         return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 

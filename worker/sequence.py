@@ -19,7 +19,7 @@ class Prompt:
 
     Attributes:
         tokens: int32 [P], at least one, with the chat template and BOS applied.
-        sampling: with `max_tokens` set (never None here) and bounded by the context length.
+        sampling: with `max_tokens` set (never None here) and bounded by the context length, and a seed.
         branches: ascending depths (tokens) at which other known jobs leave this prompt: the KV up to there is
             wanted by somebody else too. Empty when nobody shares.
     """

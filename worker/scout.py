@@ -1,0 +1,308 @@
+"""Read, tokenise and plan the waiting jobs in a process of its own, beside RQ and the engine.
+
+Knows no engine and takes nothing out of a queue: it offers candidates, the worker claims them. `Scout` is the worker's
+end; everything below it runs in the child. The child is started by name, not by multiprocessing, which would import
+the program that happens to be the parent (`rq`) a second time.
+
+    worker                                  child
+      want(n), settled(ids), idle()? ---->    LRANGE the window of every queue, HGET unseen jobs, prepare, plan
+      poll() <---- candidates, idle! -----    while all queues are empty: BLMOVE q q, which wakes and moves nothing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Final
+
+import redis
+
+from common import log
+from common.errors import BrokerUnavailable, InternalError, ModelNotLoaded, RadixqError
+from common.settings import Settings
+from worker.window import Candidate, Window, connect
+
+if TYPE_CHECKING:
+    from worker.model import LoadedTokenizer
+
+POLL_S: Final = 0.1
+"""How often queues that hold jobs are looked at for new ones; empty queues wake the child at once."""
+_IDLE_S: Final = 1.0  # the same for empty queues, in case their watchers cannot connect
+_BLOCK_S: Final = 2  # of one BLMOVE; less than SOCKET_S
+_BACKOFF_S: Final = 1.0
+_SLICE_S: Final = 0.02  # of preparing, between two looks at the pipe
+_NICE: Final = 5  # the engine's thread and RQ go first
+_ENDING_S: Final = 5.0  # for the child, before it is killed
+_START: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from worker.scout import main; main(int(sys.argv[1]))"
+)
+# What passes; other errors of Redis (a wrong password, a key of the wrong type) do not get better by waiting.
+_AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.MasterDownError)
+_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+
+__all__ = ["POLL_S", "Candidate", "Scout", "main"]
+
+_log = log.logger("worker.scout")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    settings: Settings
+    queues: tuple[str, ...]
+    redis_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What the worker asks for; `number` counts its orders."""
+
+    number: int
+    want: int
+    settled: tuple[str, ...] = ()
+    check: bool = False
+
+
+class Scout:
+    """The worker's end. No method blocks but `close`."""
+
+    def __init__(self, settings: Settings, queues: Sequence[str], *, redis_url: str | None = None) -> None:
+        """Take the queues' names, highest priority first; nothing is started."""
+        self._task = _Task(settings, tuple(queues), redis_url or settings.url)
+        self._pipe, self._childs_end = Pipe()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._number = self._want = 0
+        self._asked = self._proven = False
+
+    def start(self) -> None:
+        """Start the process; it loads the tokenizer and then reads the queues."""
+        fd = self._childs_end.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, str(fd), json.dumps(sys.path)],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            process_group=0,  # the terminal's Ctrl-C is for the worker
+        )
+        self._childs_end.close()
+        self._pipe.send(self._task)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, once started."""
+        return self._process.pid if self._process else None
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable while `poll` has something to return or to raise."""
+        return self._pipe.fileno()
+
+    def want(self, n: int) -> None:
+        """Say how many candidates may be offered and not settled at a time; 0 stops offers."""
+        if n != self._want:
+            self._want = n
+            self._send(_Order(self._next(), n))
+
+    def settled(self, job_ids: Iterable[str]) -> None:
+        """Say that offered candidates were claimed, lost or left; one that still waits in its queue is new again."""
+        ids = tuple(job_ids)
+        if ids:
+            self._send(_Order(self._next(), self._want, ids))
+
+    def idle(self) -> bool:
+        """Whether the child has read the queues since this was first asked, and found nothing to offer.
+
+        The first call asks, and so does the first after any `want` with another number, any `settled`, any candidate,
+        and any call that returned True. Jobs that must stay (another model, a newer version) do not count.
+        """
+        if not self._asked:
+            self._send(_Order(self._next(), self._want, check=True))
+            self._asked = True
+        proven = self._proven
+        if proven:
+            self._asked = self._proven = False
+        return proven
+
+    def poll(self) -> list[Candidate]:
+        """Return the candidates offered since the last call, best first.
+
+        Raises:
+            ModelNotLoaded: the child could not load the tokenizer.
+            BrokerUnavailable: Redis refuses the child; a server that is only away is waited for.
+            InternalError: the child ended by a defect or was killed.
+        """
+        offered: list[Candidate] = []
+        try:
+            while self._pipe.poll():
+                message: list[Candidate] | int | RadixqError = self._pipe.recv()
+                if isinstance(message, RadixqError):
+                    raise message
+                if isinstance(message, int):
+                    self._proven = self._asked and message == self._number
+                else:
+                    self._asked = self._proven = False
+                    offered += message
+        except (EOFError, OSError) as error:
+            raise InternalError(f"the process that reads the queues ended, {self._status()}; see its log") from error
+        return offered
+
+    def close(self) -> None:
+        """End the child and wait for it. Offered candidates need not be settled."""
+        self._pipe.close()
+        self._childs_end.close()
+        if self._process is not None:
+            self._status()
+
+    def _status(self) -> str:
+        assert self._process is not None
+        try:
+            return f"exit status {self._process.wait(timeout=_ENDING_S)}"
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return f"exit status {self._process.wait()}"
+
+    def _next(self) -> int:
+        self._asked = self._proven = False
+        self._number += 1
+        return self._number
+
+    def _send(self, order: _Order) -> None:
+        try:
+            self._pipe.send(order)
+        except OSError:  # the child is gone; `poll` says so
+            _log.debug("order not sent")
+
+
+# -- the child ---------------------------------------------------------------------------------------------------------
+
+
+def main(fd: int) -> None:
+    """Run the child until the other end of the pipe is closed, by its owner or by its death."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
+    with Connection(fd) as pipe:
+        try:
+            task: _Task = pipe.recv()
+            log.configure(task.settings.log)
+            _Child(task, pipe).run()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+        except RadixqError as error:
+            pipe.send(error)
+
+
+class _Child:
+    """The loop: orders in; ids, payloads and prompts through the window; offers out."""
+
+    def __init__(self, task: _Task, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._window = Window(task.settings, _load(task.settings), task.queues, connect(task.redis_url))
+        self._wake, wake = os.pipe()
+        os.set_blocking(wake, False)
+        self._alarm = _Alarm(task.redis_url, self._window.queue_keys, wake)
+        self._want = 0
+        self._check: int | None = None  # number of the order that asks whether there is nothing to offer
+        self._look_at = 0.0  # monotonic
+        self._away = False
+
+    def run(self) -> None:
+        """Go on until the pipe is closed, which raises EOFError, or Redis refuses us."""
+        while True:
+            self._listen()
+            try:
+                self._read()
+            except _REFUSED as error:
+                raise BrokerUnavailable(f"Redis refuses the worker: {error}") from error
+            except _AWAY as error:
+                self._back_off(error)
+            except redis.RedisError as error:
+                raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
+            self._window.prepare(_SLICE_S)
+            offers = self._window.offer(self._want)
+            if offers:
+                self._pipe.send(offers)
+
+    def _listen(self) -> None:
+        """Take the worker's orders; wait for one while there is nothing else to do."""
+        pause = 0.0 if self._window.busy and not self._away else max(0.0, self._look_at - time.monotonic())
+        for ready in wait([self._pipe, self._wake], pause):
+            if ready is self._pipe:
+                while self._pipe.poll():
+                    self._obey(self._pipe.recv())
+            else:
+                os.read(self._wake, 1024)
+                self._look_at = min(self._look_at, self._window.earliest)
+
+    def _obey(self, order: _Order) -> None:
+        self._want = order.want
+        self._check = order.number if order.check else None
+        self._window.settle(order.settled)
+        if order.check or order.settled:
+            self._look_at = min(self._look_at, self._window.earliest)
+
+    def _read(self) -> None:
+        """Look at the queues when it is time, and fetch payloads while the window has room."""
+        if time.monotonic() >= self._look_at:
+            self._window.look()
+            self._away = False
+            empty = self._window.empty
+            self._look_at = max(time.monotonic() + (_IDLE_S if empty else POLL_S), self._window.earliest)
+            if empty:
+                self._alarm.arm()
+            if self._check is not None and self._window.nothing_to_offer:
+                self._pipe.send(self._check)
+                self._check = None
+        if not self._away:
+            self._window.fetch()
+
+    def _back_off(self, error: Exception) -> None:
+        if not self._away:
+            _log.warning("redis is away", extra={"reason": type(error).__name__})
+        self._away = True
+        self._look_at = time.monotonic() + _BACKOFF_S
+
+
+class _Alarm:
+    """Wakes the loop when one of the queues, all empty when it was armed, gets a job.
+
+    BLMOVE of a list's head to where it was blocks while the list is empty, and moves nothing.
+    """
+
+    def __init__(self, redis_url: str, queue_keys: Sequence[str], wake: int) -> None:
+        self._redis_url = redis_url
+        self._wake = wake
+        self._armed = threading.Event()
+        for key in queue_keys:
+            threading.Thread(target=self._watch, args=[key], name=f"watch {key}", daemon=True).start()
+
+    def arm(self) -> None:
+        """Watch until the next job comes."""
+        self._armed.set()
+
+    def _watch(self, key: str) -> None:
+        client = connect(self._redis_url)
+        while True:
+            self._armed.wait()
+            try:
+                found = client.blmove(key, key, _BLOCK_S, "LEFT", "LEFT")
+            except redis.RedisError:  # the loop meets it too, and reports it
+                time.sleep(_BACKOFF_S)
+                continue
+            if found is not None:
+                self._armed.clear()
+                os.write(self._wake, b"!")
+
+
+def _load(settings: Settings) -> LoadedTokenizer:
+    from worker.model import load_tokenizer  # late: the worker imports this module before MLX may be imported
+
+    if settings.model_path is None:
+        raise ModelNotLoaded("MLX_MODEL_PATH is not set: give a directory, a .gguf file or a hub id")
+    return load_tokenizer(settings.model_path)

@@ -1,0 +1,224 @@
+"""The window of waiting jobs: which are known, read, planned and offered. Takes nothing out of a queue.
+
+Lives in the scout's process. Knows no worker, no pipe and no thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from rq.job import Job
+from rq.queue import Queue
+
+from common import keys
+from common.errors import InvalidRequest
+from common.messages import Failure, Sampling
+from common.settings import Settings
+from worker.group import Plan, Waiting
+from worker.prepare import prepare, read_job, too_large, seeded
+from worker.sequence import Prompt
+
+if TYPE_CHECKING:
+    from worker.model import LoadedTokenizer
+
+CLIENT_NAME: Final = "radixq-scout"
+SOCKET_S: Final = 5.0
+_LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the time
+_SLICE_JOBS: Final = 64
+_SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A waiting job that should go next: exactly one of `prompt` and `refusal` is set.
+
+    A refusal is claimed like any other and then failed with its code.
+    """
+
+    job_id: str
+    queue: str
+    prompt: Prompt | None = None
+    refusal: Failure | None = None
+
+
+class Window:
+    """What is known of the waiting jobs.
+
+    ids seen -> `_unread` -> payloads `_raw` -> planned or refused -> `_offered` -> settled, and forgotten. Every job
+    beyond `_unread` is in `_home`; one that is nowhere else must stay in its queue. A job that leaves the queues is
+    forgotten, unless it is offered: then the worker says when.
+    """
+
+    def __init__(self, settings: Settings, loaded: LoadedTokenizer, queues: Sequence[str], client: redis.Redis) -> None:
+        """Start with nothing known; `queues` are names, highest priority first."""
+        self._settings = settings
+        self._loaded = loaded
+        self._names = {keys.model_queue(name) for name in (loaded.name, *settings.model_aliases)}
+        self._redis = client
+        self._queues = tuple(queues)
+        self.queue_keys = [Queue(name, connection=client).key for name in queues]
+        self._plan = Plan(len(queues))
+        self._home: dict[str, int] = {}
+        self._unread: deque[tuple[str, int]] = deque()
+        self._raw: deque[tuple[str, bytes]] = deque()
+        self._raw_bytes = 0
+        self._sampling: dict[str, Sampling] = {}
+        self._refused: dict[str, Failure] = {}
+        self._offered: set[str] = set()
+        self._ends: list[Any] = []  # length, first and last id of every queue at the last look
+        self._stale = True
+        self.earliest = 0.0  # monotonic: no look before, so that looking costs little
+
+    @property
+    def empty(self) -> bool:
+        """Whether the last look found no id at all."""
+        return not any(self._ends[::3])
+
+    @property
+    def nothing_to_offer(self) -> bool:
+        """Whether no known job is offered or may yet be."""
+        return not (self._unread or self._raw or self._refused or self._offered or len(self._plan))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to fetch or to prepare."""
+        return bool(self._raw) or (bool(self._unread) and self._has_room())
+
+    def look(self) -> None:
+        """Read which ids wait, if the ends of the queues say that it changed, and forget those that left."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in self.queue_keys:
+                pipe.llen(key)
+                pipe.lindex(key, 0)
+                pipe.lindex(key, -1)
+            ends = pipe.execute()
+        if ends == self._ends and not self._stale:
+            return
+        started = time.monotonic()
+        present = self._present()
+        self._ends, self._stale = ends, False
+        self._forget([job_id for job_id in self._home if job_id not in present and job_id not in self._offered])
+        self._unread = deque((job_id, queue) for job_id, queue in present.items() if job_id not in self._home)
+        now = time.monotonic()
+        self.earliest = now + _LOOK_SHARE * (now - started)
+
+    def fetch(self) -> None:
+        """Get payloads of the next unread jobs, in bounded slices; the length is asked first."""
+        if self._raw or not self._unread or not self._has_room():
+            return
+        slice_ = [self._unread[at] for at in range(min(_SLICE_JOBS, len(self._unread)))]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id, _ in slice_:
+                pipe.hstrlen(Job.key_for(job_id), "data")
+            sizes = pipe.execute()
+        limit, total, num = self._settings.max_job_bytes, 0, 0
+        for size in sizes:
+            total += size if size <= limit else 0
+            if num and total > _SLICE_BYTES:
+                break
+            num += 1
+        small = [job_id for (job_id, _), size in zip(slice_[:num], sizes, strict=False) if size <= limit]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in small:
+                pipe.hget(Job.key_for(job_id), "data")
+            payloads = dict(zip(small, pipe.execute(), strict=True))
+        for (job_id, queue), size in zip(slice_[:num], sizes, strict=False):
+            self._unread.popleft()
+            self._home[job_id] = queue
+            if size > limit:
+                self._refuse(job_id, too_large(size, limit))
+            else:
+                self._raw.append((job_id, payloads[job_id] or b""))
+        self._raw_bytes = sum(len(data) for _, data in self._raw)
+
+    def prepare(self, for_s: float) -> None:
+        """Plan or refuse fetched jobs until the time is over; at least one."""
+        until = time.monotonic() + for_s
+        while self._raw:
+            job_id, data = self._raw.popleft()
+            self._raw_bytes -= len(data)
+            if job_id in self._home and job_id not in self._plan:
+                self._prepare(job_id, data)
+            if time.monotonic() >= until:
+                return
+
+    def offer(self, want: int) -> list[Candidate]:
+        """Return candidates so that `want` are offered and not settled."""
+        room = max(0, want - len(self._offered))
+        refused = list(self._refused)[:room]
+        offers = [
+            Candidate(job_id, self._queues[self._home[job_id]], refusal=self._refused.pop(job_id)) for job_id in refused
+        ]
+        more = bool(self._unread or self._raw) or sum(self._ends[::3]) > self._settings.window_jobs
+        for choice in self._plan.next(room - len(refused), more=more):
+            prompt = Prompt(choice.tokens, self._sampling.pop(choice.id), choice.branches)
+            offers.append(Candidate(choice.id, self._queues[self._home[choice.id]], prompt))
+        self._offered.update(candidate.job_id for candidate in offers)
+        return offers
+
+    def settle(self, job_ids: Sequence[str]) -> None:
+        """Forget offered jobs; the next look finds out whether they still wait."""
+        self._offered.difference_update(job_ids)
+        self._forget(job_ids)
+        self._stale = self._stale or bool(job_ids)
+
+    def _present(self) -> dict[str, int]:
+        """Return the ids in the window with their queues, by priority and place; ids that RQ refuses are left out."""
+        most = self._settings.window_jobs
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in self.queue_keys:
+                pipe.lrange(key, 0, most - 1)
+            listed = pipe.execute()
+        present: dict[str, int] = {}
+        for queue, ids in enumerate(listed):
+            for raw_id in ids[: most - len(present)]:
+                if raw_id.isascii():
+                    present.setdefault(raw_id.decode(), queue)
+        return present
+
+    def _prepare(self, job_id: str, data: bytes) -> None:
+        try:
+            if not data:
+                raise InvalidRequest("the job has no data: it was deleted, or was not written by RQ")
+            job = read_job(data, max_bytes=self._settings.max_job_bytes)
+            if job is None or not (job.model is None or keys.model_queue(job.model) in self._names):
+                return
+            prompt = prepare(job, self._loaded, self._settings)
+        except InvalidRequest as error:
+            self._refuse(job_id, error)
+        else:
+            self._sampling[job_id] = seeded(prompt.sampling, job_id)
+            self._plan.add([Waiting(job_id, prompt.tokens, self._home[job_id])])
+
+    def _refuse(self, job_id: str, error: InvalidRequest) -> None:
+        self._refused[job_id] = Failure(code=error.code, message=str(error))
+
+    def _forget(self, job_ids: Sequence[str]) -> None:
+        self._plan.remove(job_ids)
+        for job_id in job_ids:
+            self._home.pop(job_id, None)
+            self._sampling.pop(job_id, None)
+            self._refused.pop(job_id, None)
+
+    def _has_room(self) -> bool:
+        held = self._plan.num_bytes + self._raw_bytes
+        return held < self._settings.window_bytes or not len(self._plan)
+
+
+def connect(redis_url: str) -> redis.Redis:
+    """Return a client of its own that never retries and never waits long."""
+    return redis.Redis.from_url(
+        redis_url,
+        decode_responses=False,
+        socket_timeout=SOCKET_S,
+        socket_connect_timeout=SOCKET_S,
+        retry=Retry(NoBackoff(), 0),
+        client_name=CLIENT_NAME,
+    )
