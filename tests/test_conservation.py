@@ -103,4 +103,4 @@ class Driven(RuleBasedStateMachine):
 
 def test_everything_adds_up_whatever_happens() -> None:
     chosen = settings(max_examples=examples(25), stateful_step_count=30, deadline=None)
-    run_state_machine_as_test(Driven, settings=chosen)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Driven, settings=chosen)

@@ -14,7 +14,8 @@ from tests.engines import alone as mlx_lm_alone
 from tests.models import smollm2_path
 from tests.test_parity import first_difference_is_a_tie
 from worker import attention, model, platform
-from worker.engine import Engine, Limits
+from worker.cache import Limits
+from worker.engine import Engine
 from worker.sequence import Prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -22,8 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SYSTEMS = [
     "You are the help desk of a public library. Answer in one or two plain sentences. Opening hours are 9 to 18 from "
     "Tuesday to Saturday. A card costs nothing. Books can be kept for four weeks and renewed twice.",
-    "Classify the review as positive, negative or mixed. Answer with one word.\n\nReview: The soup was cold.\nnegative\n"
-    "Review: Lovely staff, and the cake was perfect.\npositive\nReview: Good coffee, rude waiter.\nmixed",
+    "Classify the review as positive, negative or mixed. Answer with one word.\n\nReview: The soup was cold.\n"
+    "negative\nReview: Lovely staff, and the cake was perfect.\npositive\nReview: Good coffee, rude waiter.\nmixed",
     "You translate short English sentences into French. Give the translation and nothing else.",
 ]
 QUESTIONS = [

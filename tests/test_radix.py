@@ -189,4 +189,4 @@ class Operations(RuleBasedStateMachine):
 
 def test_random_operations_agree_with_a_set_of_prefixes() -> None:
     chosen = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
-    run_state_machine_as_test(Operations, settings=chosen)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Operations, settings=chosen)

@@ -93,7 +93,7 @@ def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings) -> Pr
 
 
 def seeded(sampling: Sampling, job_id: str) -> Sampling:
-    """Return the sampling with a seed: the job's own, else one made of its id, so that a retry gives the same answer."""
+    """Return the sampling with a seed: the job's own, else one made of its id, so that a retry answers the same."""
     if sampling.seed is not None:
         return sampling
     return sampling.model_copy(update={"seed": zlib.crc32(job_id.encode())})

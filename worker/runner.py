@@ -127,7 +127,7 @@ class Runner:
         mx.set_cache_limit(_POOL_BYTES)
         budget = int(settings.kv_bytes or _SHARE * max(0, device.working_set_bytes - mx.get_active_memory()))
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget)
-        way = probe.reuse(loaded.model)
+        way = probe.reuse(loaded.model, loaded.context_length)
         engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
         self._stats = engine.stats()
         notes = (

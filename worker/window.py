@@ -22,7 +22,7 @@ from common.errors import InvalidRequest
 from common.messages import Failure, Sampling
 from common.settings import Settings
 from worker.group import Plan, Waiting
-from worker.prepare import prepare, read_job, too_large, seeded
+from worker.prepare import prepare, read_job, seeded, too_large
 from worker.sequence import Prompt
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ class Pipeline:
     def metrics(self) -> dict[str, str]:
         """Return the worker's metrics as `redis-cli HGETALL` shows them."""
         with Redis.from_url(self.url, decode_responses=True) as client:
-            return client.hgetall(keys.metrics(self.label))  # type: ignore[return-value]
+            return dict(client.hgetall(keys.metrics(self.label)))
 
     def fresh_metrics(self) -> dict[str, str]:
         """Return metrics written after everything that has finished until now."""

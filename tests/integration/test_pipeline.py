@@ -33,9 +33,9 @@ class TestFullPipelineIntegration:
         assert result.usage.prompt_tokens == result.usage.cached_tokens + result.usage.prefill_tokens
         with Redis.from_url(pipeline.url, decode_responses=True) as client:
             fields = client.hgetall(keys.result(ticket.id))
-        assert fields["text"] == result.text  # type: ignore[index]
-        assert fields["prompt_tokens"] == str(result.usage.prompt_tokens)  # type: ignore[index]
-        assert fields["finish_reason"] in {"stop", "length"}  # type: ignore[index]
+        assert fields["text"] == result.text
+        assert fields["prompt_tokens"] == str(result.usage.prompt_tokens)
+        assert fields["finish_reason"] in {"stop", "length"}
 
     def test_prefix_caching(self, pipeline: Pipeline) -> None:
         system = unique(12)

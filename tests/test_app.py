@@ -1,0 +1,433 @@
+"""`rq worker --worker-class worker.BatchWorker` as a process of its own, on a real server, with a tiny real model."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.command import send_shutdown_command, send_stop_execution_command, send_stop_job_command
+from rq.job import Job, JobStatus
+from rq.results import Result as RqResult
+from rq.suspension import resume, suspend
+from rq.worker import Worker
+
+from common import keys
+from common.messages import Result
+from common.serializer import JobSerializer
+from tests.models import save_tiny
+from tests.processes import Process, Processes, wait_until
+from worker import server
+
+ENDLESS = 90_000
+SHORT = 6
+ROWS = {"RADIXQ_MAX_ROWS": "4", "RADIXQ_WORKER_NAME": "mac"}
+Fields = dict[str, str]
+RESULT_FIELDS = {
+    "status", "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens",
+    "model", "custom_id", "attempts", "worker", "submitted_at", "started_at", "finished_at", "queued_ms", "prefill_ms",
+    "decode_ms", "total_ms", "json",
+}  # fmt: skip
+
+
+class Broker:
+    """A database of a real server, with what a producer and an onlooker do there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.redis = Redis.from_url(url)
+        self.workers: list[Process] = []
+
+    def enqueue(self, tokens: int = SHORT, queue: str = keys.DEFAULT_QUEUE, **options: Any) -> Job:
+        body = {"prompt": f"a secret {time.monotonic_ns()}", "sampling": {"max_tokens": tokens}}
+        return self.enqueue_raw(body | options.pop("body", {}), queue, **options)
+
+    def enqueue_raw(self, body: Any, queue: str = keys.DEFAULT_QUEUE, **options: Any) -> Job:
+        return Queue(queue, connection=self.redis, serializer=JobSerializer).enqueue(keys.GENERATE, body, **options)
+
+    def result(self, job: Job) -> Fields:
+        fields: Any = self.redis.hgetall(keys.result(job.id))
+        return {name.decode(): value.decode() for name, value in fields.items()}
+
+    def status(self, job: Job) -> str:
+        return self.result(job).get("status", "")
+
+    def wait_for(self, status: str, *jobs: Job) -> None:
+        def reached() -> bool:
+            assert not any(worker.popen.poll() for worker in self.workers), "a worker failed, see its log"
+            return all(self.status(job) == status for job in jobs)
+
+        wait_until(reached, f"{len(jobs)} jobs are {status}")
+
+    def waiting(self, queue: str = keys.DEFAULT_QUEUE) -> list[str]:
+        listed: Any = self.redis.lrange(f"rq:queue:{queue}", 0, -1)
+        return [job_id.decode() for job_id in listed]
+
+    def metrics(self, label: str = "mac") -> Fields:
+        fields: Any = self.redis.hgetall(keys.metrics(label))
+        return {name.decode(): value.decode() for name, value in fields.items()}
+
+    def num_results(self, job: Job) -> int:
+        return RqResult.count(job)
+
+    @property
+    def worker(self) -> Worker:
+        (worker,) = Worker.all(connection=self.redis)
+        assert isinstance(worker, Worker)
+        return worker
+
+    def wait_for_state(self, state: str) -> None:
+        def states() -> list[str]:
+            return [str(worker.get_state().removeprefix("WorkerStatus.")) for worker in Worker.all(self.redis)]
+
+        wait_until(lambda: states() == [state], f"the only worker is {state}")
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    broker = Broker(redis_url)
+    yield broker
+    broker.redis.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that never ends by itself, so that tests choose how long a job runs."""
+    directory = save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=100_000)
+    weights: Any = mx.load(str(directory / "model.safetensors"))
+    head = weights["lm_head.weight"]
+    weights["lm_head.weight"] = mx.concatenate([head[:-3], mx.zeros_like(head[-3:])])  # the special tokens
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
+    return directory
+
+
+@pytest.fixture
+def start(processes: Processes, broker: Broker, model: Path) -> Callable[..., Process]:
+    def start(*arguments: str, **env: str) -> Process:
+        broker.workers.append(processes.rq_worker(broker.url, *(arguments or ("radixq",)), model=model, env=ROWS | env))
+        return broker.workers[-1]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def house(
+    _databases: Iterator[str], tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Iterator[tuple[Broker, Process]]:
+    broker = Broker(next(_databases))
+    with Processes(tmp_path_factory.mktemp("house")) as processes:
+        worker = processes.rq_worker(broker.url, "radixq", model=model, env=ROWS)
+        worker.wait_for_log("ready")
+        yield broker, worker
+        assert worker.running, "a test ended the shared worker"
+        assert worker.stop() == 0
+        assert "a secret" not in worker.log
+    broker.redis.close()
+
+
+class TestOneWorker:
+    """What one worker does, all in its one process."""
+
+    @pytest.fixture
+    def broker(self, house: tuple[Broker, Process]) -> Iterator[Broker]:
+        """The worker's database; whatever a test leaves running is stopped."""
+        broker, _ = house
+        yield broker
+        for execution in broker.worker.get_current_executions(refresh=True):
+            broker.redis.delete(Job.key_for(execution.job_id))
+        wait_until(lambda: not broker.worker.get_current_executions(refresh=True), "nothing runs")
+
+    def test_a_result_is_complete_and_right(self, broker: Broker) -> None:
+        job = broker.enqueue(body={"custom_id": "c", "metadata": {"k": "v"}})
+        broker.wait_for("finished", job)
+        fields = broker.result(job)
+        assert set(fields) == RESULT_FIELDS
+        assert (fields["finish_reason"], fields["completion_tokens"]) == ("length", str(SHORT))
+        assert int(fields["prompt_tokens"]) == int(fields["cached_tokens"]) + int(fields["prefill_tokens"]) > 0
+        assert (fields["model"], fields["worker"], fields["attempts"]) == ("tiny", "mac", "1")
+        assert fields["submitted_at"] < fields["started_at"] < fields["finished_at"]
+        spent = sum(float(fields[name]) for name in ("queued_ms", "prefill_ms", "decode_ms"))
+        assert 0 < spent <= float(fields["total_ms"])
+        whole = Result.model_validate_json(fields["json"])
+        assert (whole.text, whole.metadata) == (fields["text"], {"k": "v"})
+        assert Result.model_validate(job.return_value()) == whole
+
+    def test_rq_info_is_right_while_jobs_run_and_afterwards(self, broker: Broker, processes: Processes) -> None:
+        def info() -> tuple[int, str]:
+            asked = processes.python("-m", "rq.cli", "info", "-u", broker.url, "--raw", "--interval", "0")
+            assert asked.wait() == 0
+            executing = re.search(r"queue radixq \d+, (\d+) executing", asked.log)
+            state = re.search(r"worker mac\S* \(.*?\) (\S+)", asked.log)
+            assert executing
+            assert state
+            return int(executing[1]), state[1].removeprefix("WorkerStatus.").lower()
+
+        jobs = [broker.enqueue(ENDLESS) for _ in range(3)]
+        broker.wait_for("running", *jobs)
+        assert info() == (3, "busy")
+        assert broker.worker.current_execution_count == 3
+        for job in jobs:
+            job.cancel()
+        broker.wait_for("cancelled", *jobs)
+        assert info() == (0, "idle")
+
+    def test_stop_job_stops_any_of_several_running_jobs(self, broker: Broker) -> None:
+        first, second, third = jobs = [broker.enqueue(ENDLESS) for _ in range(3)]
+        broker.wait_for("running", *jobs)
+        send_stop_job_command(broker.redis, second.id, JobSerializer)
+        broker.wait_for("cancelled", second)
+        assert second.get_status() == JobStatus.STOPPED
+        (execution,) = third.get_executions()
+        send_stop_execution_command(broker.redis, third.id, execution.id)
+        broker.wait_for("cancelled", third)
+        assert broker.status(first) == "running"
+
+    @pytest.mark.parametrize("how", ["cancel", "delete"])
+    def test_a_job_cancelled_in_flight_stops_and_the_others_go_on(self, broker: Broker, how: str) -> None:
+        job, mate = broker.enqueue(ENDLESS), broker.enqueue(ENDLESS)
+        broker.wait_for("running", job, mate)
+        getattr(job, how)()
+        broker.wait_for("cancelled", job)
+        assert broker.status(mate) == "running"
+        assert broker.redis.zscore("rq:finished:radixq", job.id) is None
+        assert "text" not in broker.result(job)
+
+    def test_a_job_over_its_timeout_fails_and_its_mate_finishes(self, broker: Broker) -> None:
+        job, mate = broker.enqueue(ENDLESS, job_timeout=1), broker.enqueue(500)
+        broker.wait_for("failed", job)
+        assert broker.result(job)["error_code"] == "timeout"
+        broker.wait_for("finished", mate)
+
+    def test_jobs_of_another_model_or_a_newer_version_stay(self, broker: Broker) -> None:
+        other, newer = broker.enqueue(body={"model": "other"}), broker.enqueue(body={"v": 99, "new": 1})
+        ours = broker.enqueue(body={"model": "tiny"}, queue=keys.model_queue("tiny"))
+        broker.wait_for("finished", ours)
+        assert broker.waiting() == [other.id, newer.id]
+        assert other.get_status() == newer.get_status() == JobStatus.QUEUED
+        other.cancel()
+        newer.cancel()
+
+    def test_bad_jobs_fail_with_a_reason_and_nothing_of_them_is_executed(self, broker: Broker, tmp_path: Path) -> None:
+        touched = tmp_path / "touched"
+        pickled = Queue("radixq", connection=broker.redis).enqueue("pathlib.Path.touch", touched)
+        foreign = Queue("radixq", connection=broker.redis, serializer=JobSerializer).enqueue("os.mkdir", str(touched))
+        unknown = broker.enqueue_raw({"prompt": "x", "temperatur": 1})
+        broker.wait_for("failed", pickled, foreign, unknown)
+        codes = {broker.result(job)["error_code"] for job in (pickled, foreign, unknown)}
+        assert codes == {"invalid_request"}
+        assert "temperatur" in broker.result(unknown)["error_message"]
+        assert not touched.exists()
+
+    def test_scheduled_and_dependent_jobs_run_without_a_second_process(self, broker: Broker) -> None:
+        queue = Queue("radixq", connection=broker.redis, serializer=JobSerializer)
+        body = {"prompt": "x", "sampling": {"max_tokens": SHORT}}
+        later = queue.enqueue_in(timedelta(seconds=1), keys.GENERATE, body)
+        child = broker.enqueue(depends_on=broker.enqueue())
+        broker.wait_for("finished", later, child)
+
+    def test_the_metrics_follow(self, broker: Broker) -> None:
+        before = int(broker.metrics()["jobs_finished"])
+        jobs = [broker.enqueue() for _ in range(4)]
+        broker.wait_for("finished", *jobs)
+        wait_until(lambda: int(broker.metrics()["jobs_finished"]) >= before + 4, "the metrics count them")
+        wait_until(lambda: broker.metrics()["state"] == "idle", "the worker is idle")
+        metrics = broker.metrics()
+        assert int(metrics["prompt_tokens"]) == int(metrics["cached_tokens"]) + int(metrics["prefill_tokens"])
+        assert float(metrics["decode_tokens_per_s"]) > 0
+        assert broker.redis.zscore(keys.WORKERS, "mac") is not None
+
+
+def test_burst_runs_queues_in_priority_order_and_ends(broker: Broker, start: Callable[..., Process]) -> None:
+    low = [broker.enqueue(queue="low") for _ in range(4)]
+    high = [broker.enqueue(queue="high") for _ in range(4)]
+    worker = start("--burst", "high", "low", RADIXQ_MAX_ROWS="1")
+    assert worker.wait() == 0
+    results = [broker.result(job) for job in (*high, *low)]
+    assert [fields["status"] for fields in results] == ["finished"] * 8
+    finished = [fields["finished_at"] for fields in results]
+    assert max(finished[:4]) <= min(finished[4:])
+    assert broker.metrics()["state"] == "stopped"
+    assert Worker.all(broker.redis) == []
+
+
+def test_max_jobs_counts_jobs(broker: Broker, start: Callable[..., Process]) -> None:
+    jobs = [broker.enqueue() for _ in range(7)]
+    assert start("--max-jobs", "3", "radixq").wait() == 0
+    assert sorted(broker.status(job) for job in jobs).count("finished") == 3
+    assert len(broker.waiting()) == 4
+
+
+def test_a_worker_started_while_suspended_waits_and_running_jobs_outlive_a_suspension(
+    broker: Broker, start: Callable[..., Process]
+) -> None:
+    suspend(broker.redis)
+    first = broker.enqueue(ENDLESS)
+    worker = start()
+    broker.wait_for_state("suspended")
+    assert broker.waiting() == [first.id]
+    resume(broker.redis)
+    broker.wait_for("running", first)
+    suspend(broker.redis)
+    time.sleep(1.5)  # a few looks at the suspension
+    second = broker.enqueue()
+    time.sleep(1.5)
+    assert broker.status(first) == "running"
+    assert broker.waiting() == [second.id]
+    resume(broker.redis)
+    broker.wait_for("finished", second)
+    first.cancel()
+    assert worker.stop() == 0
+
+
+def test_the_shutdown_command_ends_the_worker_after_what_runs(broker: Broker, start: Callable[..., Process]) -> None:
+    job = broker.enqueue(800)
+    worker = start(RADIXQ_DRAIN_S="60")
+    broker.wait_for("running", job)
+    send_shutdown_command(broker.redis, broker.worker.name)
+    assert worker.wait() == 0
+    assert broker.status(job) == "finished"
+
+
+@pytest.mark.parametrize(("drain_s", "signals"), [("0.5", 1), ("600", 2)], ids=["after a while", "second signal"])
+def test_a_stopping_worker_hands_back_to_the_head_in_order(
+    broker: Broker, start: Callable[..., Process], drain_s: str, signals: int
+) -> None:
+    jobs = [broker.enqueue(ENDLESS) for _ in range(5)]
+    worker = start(RADIXQ_DRAIN_S=drain_s)
+    broker.wait_for("running", *jobs)
+    for _ in range(signals):
+        worker.signal(signal.SIGTERM)
+        wait_until(lambda: broker.metrics()["state"] == "stopping" or not worker.running, "it stops")
+        late = broker.enqueue()  # not started any more
+        time.sleep(0.5)
+    assert worker.wait() == 0
+    assert broker.waiting()[:5] == [job.id for job in jobs]
+    assert {broker.status(job) for job in jobs} == {"queued"}
+    assert {job.get_status() for job in (*jobs, late)} == {JobStatus.QUEUED}
+    assert broker.redis.zcard("rq:wip:radixq") == 0
+    assert Worker.all(broker.redis) == []
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_code_3(broker: Broker, processes: Processes) -> None:
+    job = broker.enqueue()
+    worker = processes.rq_worker(broker.url, "radixq", model="/nowhere/model")
+    assert worker.wait() == 3
+    (line,) = [line for line in worker.log.splitlines() if line.startswith("radixq: ")]
+    assert line.startswith("radixq: model_not_loaded: ")
+    assert "/nowhere/model" in line
+    assert "Traceback" not in worker.log
+    assert broker.waiting() == [job.id]
+    assert job.get_status() == JobStatus.QUEUED
+
+
+@pytest.mark.parametrize("fault", ["nobody listens", "wrong password"])
+def test_a_server_that_cannot_be_used_is_one_line_and_exit_code_4(
+    broker: Broker, processes: Processes, model: Path, fault: str
+) -> None:
+    url = "redis://127.0.0.1:1" if fault == "nobody listens" else broker.url.replace("://", "://who:secret-word@")
+    worker = processes.rq_worker(url, "radixq", model=model)
+    assert worker.wait() == 4
+    (line,) = [line for line in worker.log.splitlines() if line.startswith("radixq: ")]
+    assert "127.0.0.1" in line
+    assert "Traceback" not in worker.log
+    assert "secret-word" not in worker.log
+
+
+def test_a_misspelt_setting_is_one_line_and_exit_code_2(start: Callable[..., Process]) -> None:
+    worker = start(RADIXQ_MAX_ROW="4")
+    assert worker.wait() == 2
+    assert "RADIXQ_MAX_ROWS?" in worker.log
+    assert "Traceback" not in worker.log
+
+
+def test_a_defect_in_the_loop_hands_back_and_does_not_look_like_success(
+    broker: Broker, start: Callable[..., Process]
+) -> None:
+    job = broker.enqueue(ENDLESS)
+    worker = start()
+    broker.wait_for("running", job)
+    with broker.redis.pipeline() as pipe:
+        pipe.delete(keys.metrics("mac"))
+        pipe.set(keys.metrics("mac"), "not a hash")
+        pipe.execute()
+    assert worker.wait() == 1
+    assert broker.waiting() == [job.id]
+    assert "radixq: " in worker.log
+
+
+def test_a_plain_rq_worker_fails_our_job_with_a_readable_error(broker: Broker, processes: Processes) -> None:
+    job = broker.enqueue()
+    worker = processes.python("-m", "rq.cli", "worker", "--burst", "-u", broker.url, "--serializer", "json", "radixq")
+    assert worker.wait() == 0
+    assert job.get_status() == JobStatus.FAILED
+    (result,) = RqResult.all(job, serializer=JobSerializer)
+    assert keys.GENERATE in result.exc_string
+
+
+def test_two_workers_give_every_job_exactly_one_result(broker: Broker, start: Callable[..., Process]) -> None:
+    jobs = [broker.enqueue() for _ in range(200)]
+    workers = [start("--burst", "radixq", RADIXQ_WORKER_NAME=name) for name in ("one", "two")]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    results = [broker.result(job) for job in jobs]
+    assert {fields["status"] for fields in results} == {"finished"}
+    assert {fields["attempts"] for fields in results} == {"1"}
+    assert {broker.num_results(job) for job in jobs} == {1}
+    counted = [int(broker.metrics(name)["jobs_finished"]) for name in ("one", "two")]
+    assert sum(counted) == 200
+
+
+def test_a_restarted_worker_takes_over_what_its_killed_predecessor_ran(
+    broker: Broker, start: Callable[..., Process]
+) -> None:
+    jobs = [broker.enqueue(800) for _ in range(3)]
+    first = start()
+    broker.wait_for("running", *jobs)
+    first.kill()
+    broker.workers.clear()
+    second = start("--burst", "radixq")
+    assert second.wait() == 0
+    assert {broker.status(job) for job in jobs} == {"finished"}
+    assert {broker.num_results(job) for job in jobs} == {1}
+    assert Worker.all(broker.redis) == []
+
+
+def test_jobs_go_on_while_redis_is_away_and_are_delivered_once(
+    processes: Processes, model: Path, tmp_path: Path
+) -> None:
+    running = server.start(tmp_path / "server")
+    broker = Broker(running.url)
+    try:
+        jobs = [broker.enqueue(1500) for _ in range(3)]
+        worker = processes.rq_worker(running.url, "radixq", model=model, env=ROWS)
+        broker.workers.append(worker)
+        broker.wait_for("running", *jobs)
+        time.sleep(1.5)  # until the append-only file has it: it is synced once a second
+        assert running.process is not None
+        running.process.kill()
+        running.process.wait()
+        worker.wait_for_log("redis is away")
+        time.sleep(1.0)
+        running = server.start(tmp_path / "server")  # on its last port
+        broker.wait_for("finished", *jobs)
+        assert {broker.num_results(job) for job in jobs} == {1}
+        assert {broker.result(job)["attempts"] for job in jobs} == {"1"}
+        broker.wait_for("finished", broker.enqueue())
+        assert worker.stop() == 0
+    finally:
+        broker.redis.close()
+        running.stop()
+
+
+def test_reading_about_workers_needs_no_settings(broker: Broker, processes: Processes) -> None:
+    words = ["-m", "rq.cli", "info", "-u", broker.url, "--interval", "0", "-w", "worker.BatchWorker"]
+    asked = processes.python(*words, env={"RADIXQ_NONSENSE": "1"})
+    assert asked.wait() == 0
+    assert "0 workers" in asked.log
