@@ -53,6 +53,20 @@ def test_a_cold_prefix_is_computed_once_for_many_jobs(together: bool) -> None:
     assert sum(f.usage.prefill_tokens >= 200 for f in done.values()) == 1
 
 
+def test_the_last_of_a_herd_starts_no_later_than_one_prefill_after_the_first() -> None:
+    run = bench(max_rows=64, chunk_tokens=256)
+    prompts = shared(64, 2000)
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    calls_at_start: dict[str, int] = {}
+    while run.engine.busy:
+        run.engine.step()
+        for job_id in run.watched.logits:
+            calls_at_start.setdefault(job_id, len(run.watched.calls))
+    assert run.engine.stats().computed_tokens == 2000 + 64 * 5
+    assert max(calls_at_start.values()) - min(calls_at_start.values()) <= 2000 / 256
+
+
 def test_jobs_that_do_not_know_of_each_other_share_what_a_running_row_holds() -> None:
     first, second = (Prompt(p.tokens, p.sampling) for p in shared(2, 100, max_tokens=30).values())
     run = bench()

@@ -115,8 +115,8 @@ class PrefixCache:
         """Return the error of a job that could not run even alone."""
         need, budget = row.longest * self._loaded.kv_bytes_per_token / 1e9, self._limits.kv_bytes / 1e9
         return ContextLengthExceeded(
-            f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of KV; "
-            f"the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"
+            f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
+            f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"
         )
 
 

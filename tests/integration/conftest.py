@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from redis import Redis
 
 from common import keys
 from common.messages import Result
 from producer import Ticket, submit
-from tests.models import save_tiny
+from tests.models import save_tiny, tiny_tokenizer
 from tests.processes import Process, Processes, wait_until
 from worker import server
 
-KV_BYTES = 500_000
-"""About 970 tokens of the tiny model: little enough that tests can fill it."""
+KV_BYTES = 2_000_000
+"""About 3,900 tokens of the tiny model: little enough that tests can fill it."""
+
+
+POISON = "~"
+"""A character whose embedding is not a number in the tiny model that the tests here use."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,17 @@ def _models() -> list[Any]:
     return ["tiny", pytest.param("", id="own-model", marks=pytest.mark.skip(reason=why))]
 
 
+def _poisoned(directory: Path) -> Path:
+    """Make the embedding of one character NaN, as damage to a weight file or to memory would."""
+    path = str(directory / "model.safetensors")
+    weights: Any = mx.load(path)
+    (token,) = tiny_tokenizer().encode(POISON)
+    weights["model.embed_tokens.weight"][token] = mx.nan
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, {"format": "mlx"})
+    return directory
+
+
 @pytest.fixture(scope="module", params=_models())
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """Run one worker for all tests of a module; with the tiny model its KV budget is small, see `KV_BYTES`."""
@@ -71,7 +87,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     real = request.param != "tiny"
     running = server.start(directory / "server", persistent=False)
     env = {"RADIXQ_WORKER_NAME": "it", "RADIXQ_MAX_ROWS": "16", "RADIXQ_HOME": str(directory / "home")}
-    model = request.param if real else save_tiny(directory / "tiny")
+    model = request.param if real else _poisoned(save_tiny(directory / "tiny"))
     if not real:
         env["RADIXQ_KV_BYTES"] = str(KV_BYTES)
     try:

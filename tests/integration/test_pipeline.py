@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from redis import Redis
 
 from common import keys
 from producer import GenerationFailed
-from tests.integration.conftest import Pipeline
+from tests.integration.conftest import KV_BYTES, POISON, Pipeline
 
 _number = itertools.count()
 
@@ -63,7 +64,7 @@ class TestFullPipelineIntegration:
         old = unique(20)
         pipeline.run("Hi", system=old, max_tokens=2)
         before = int(pipeline.fresh_metrics()["evicted_nodes"])
-        for _ in range(12):
+        for _ in range(45):
             pipeline.run("Hi", system=unique(20), max_tokens=2)
         after = pipeline.fresh_metrics()
         assert int(after["evicted_nodes"]) > before
@@ -105,6 +106,37 @@ class TestRadixTreeBehavior:
         assert again.usage.prefill_tokens == 1, "all but the prompt's last token was there"
         assert again.text == first.text
 
+    def test_thundering_herd(self, pipeline: Pipeline) -> None:
+        """64 jobs with one cold prefix, at once and one by one, from two queues: it is computed once."""
+        before = int(pipeline.fresh_metrics()["computed_tokens"])
+        system = unique(50)
+        tickets = []
+        for i in range(64):
+            queue = {} if i % 2 or pipeline.real else {"model": "tiny"}
+            tickets.append(pipeline.submit(f"{i:02d}?", system=system, max_tokens=3, **queue))
+            if i > 40:
+                time.sleep(0.01)
+        usages = [ticket.result(timeout_s=300).usage for ticket in tickets]
+        computed = int(pipeline.fresh_metrics()["computed_tokens"]) - before
+        longest = max(u.prompt_tokens for u in usages if u)
+        assert computed <= longest + 64 * 16, "the prefix once, and each job's own question"
+        assert sum(u.prefill_tokens > longest / 2 for u in usages if u) == 1
+
+    def test_poisoned_node_retry(self, pipeline: Pipeline) -> None:
+        """Jobs behind a prefix that cannot be computed fail with a reason, each alone; others do not notice."""
+        if pipeline.real:
+            pytest.skip("only the tiny model has a token that breaks it")
+        systems = [f"{unique(8)} {mark} {unique(4)}" for mark in (POISON, "fine")]
+        expected = pipeline.run("0?", system=systems[1], max_tokens=5).text
+        tickets = [pipeline.submit(f"{i // 2}?", system=systems[i % 2], max_tokens=5) for i in range(12)]
+        for ticket in tickets[::2]:
+            with pytest.raises(GenerationFailed) as caught:
+                ticket.result(timeout_s=300)
+            assert caught.value.code == "internal"
+        assert [ticket.result(timeout_s=300).status for ticket in tickets[1::2]] == ["finished"] * 6
+        assert tickets[1].result().text == expected
+        assert pipeline.fresh_metrics()["pinned_bytes"] == "0"
+
 
 class TestMemoryManagement:
     """What is held, and given back."""
@@ -116,3 +148,27 @@ class TestMemoryManagement:
         assert metrics["pinned_bytes"] == "0"
         assert metrics["batch_rows"] == "0"
         assert int(metrics["cache_bytes"]) > 0
+
+    def test_unpin_and_evict(self, pipeline: Pipeline) -> None:
+        """What a finished job held can go, and goes, when others need the room; they all finish."""
+        if pipeline.real:
+            pytest.skip("fills the cache: only the tiny model's budget is small enough")
+        tickets = [pipeline.submit("Hi", system=unique(100), max_tokens=3) for _ in range(20)]
+        assert {ticket.result(timeout_s=300).status for ticket in tickets} == {"finished"}
+        metrics = pipeline.fresh_metrics()
+        assert int(metrics["evicted_bytes"]) > 0
+        assert int(metrics["cache_bytes"]) <= KV_BYTES
+        assert metrics["pinned_bytes"] == "0"
+
+    def test_cascading_cleanup(self, pipeline: Pipeline) -> None:
+        """Branches of a prefix that nobody uses go, and the prefix with them."""
+        if pipeline.real:
+            pytest.skip("fills the cache: only the tiny model's budget is small enough")
+        system = unique(20)
+        for i in range(3):
+            pipeline.run(f"Branch {i}", system=system, max_tokens=2)
+        for _ in range(25):
+            pipeline.run("Hi", system=unique(40), max_tokens=2)
+        again = pipeline.run("Branch 0", system=system, max_tokens=2).usage
+        assert again is not None
+        assert again.cached_tokens < 0.3 * again.prompt_tokens
