@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,15 @@ class Runner:
         except Exception as error:
             log.exception("the engine ended")
             self._report([Died(InternalError(f"the engine ended with {type(error).__name__}: {error}"))])
+        finally:
+            self._clear_streams()
+
+    def _clear_streams(self) -> None:
+        """Destroy this thread's MLX streams now: torn down while the interpreter ends, they abort the process."""
+        if "mlx.core" in sys.modules:
+            import mlx.core as mx
+
+            mx.clear_streams()
 
     def _load(self) -> Engine:
         settings = self._settings

@@ -11,6 +11,7 @@ the program that happens to be the parent (`rq`) a second time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -195,7 +196,8 @@ def main(fd: int) -> None:
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         except RadixqError as error:
-            pipe.send(error)
+            with contextlib.suppress(OSError):  # the worker may have ended for the same reason
+                pipe.send(error)
 
 
 class _Child:

@@ -1,0 +1,86 @@
+"""What every test gets: a clean environment, one choice of BLAS, a real server with a database of its own.
+
+The BLAS is fixed per process: tests marked `stock_blas` run with RADIXQ_FAST_BLAS=0 and the others without it, so a
+complete run is two runs (`ops/check` makes both). A Mac has one BLAS, and one run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from tests.processes import Processes
+from worker import platform, server
+
+_STOCK_BLAS = os.environ.get("RADIXQ_FAST_BLAS") == "0"
+_BLAS = platform.prepare(fast_blas=not _STOCK_BLAS)  # before anything imports MLX
+_NUM_DATABASES = 512
+_DEVELOPERS_OWN = ("RADIXQ_", "RQ_", "REDIS_", "MLX_", "HF_")
+_KEPT = ("RADIXQ_TEST_", "RADIXQ_FAST_BLAS")
+
+
+def pytest_configure() -> None:
+    """Forget the developer's settings; keep two for those who ask: the model to test, and the home directory."""
+    if "MLX_MODEL_PATH" in os.environ:
+        os.environ["RADIXQ_TEST_MODEL_PATH"] = os.environ["MLX_MODEL_PATH"]
+    os.environ.setdefault("RADIXQ_TEST_HOME", str(Path.home()))
+    for name in list(os.environ):
+        if name.startswith(_DEVELOPERS_OWN) and not name.startswith(_KEPT):
+            del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_report_header() -> str:
+    """Say which BLAS multiplies in this run."""
+    return f"BLAS: {_BLAS.name}" + (f" ({_BLAS.note})" if _BLAS.note else "")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of this process's BLAS."""
+    if sys.platform == "darwin":
+        return
+    fits = [item for item in items if (item.get_closest_marker("stock_blas") is not None) == _STOCK_BLAS]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(fits)])
+    items[:] = fits
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RADIXQ_HOME", str(tmp_path / "home" / ".radixq"))
+
+
+@pytest.fixture(scope="session")
+def _databases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[str]]:
+    """Start one server for this process (each xdist worker is one) and count through its databases."""
+    home = tmp_path_factory.mktemp("server")
+    with server.start(home, persistent=False, databases=_NUM_DATABASES) as running:
+        yield (f"{running.url}/{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def redis_url(_databases: Iterator[str]) -> str:
+    """A URL of a real server with an empty database that no other test uses. Nobody ever flushes it."""
+    url = next(_databases)
+    assert int(url.rpartition("/")[2]) < _NUM_DATABASES, "more tests than databases: raise _NUM_DATABASES"
+    return url
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[Redis]:
+    """A client of `redis_url` that returns bytes."""
+    with Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Start processes that end with the test; their logs are shown when it fails."""
+    with Processes(tmp_path) as running:
+        yield running

@@ -1,0 +1,327 @@
+"""`BatchWorker`: RQ's lifecycle around one engine that runs many jobs at once.
+
+RQ is in the main thread, MLX in the runner's, reading and planning the waiting jobs in the scout's process; `pump.Pump`
+goes round between them. Knows neither tokens nor caches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import quote
+
+import redis.exceptions
+from redis.backoff import NoBackoff
+from redis.connection import SSLConnection
+from redis.retry import Retry
+from rq.command import parse_payload
+from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
+from rq.executions import Execution
+from rq.job import Job
+from rq.queue import Queue
+from rq.registry import StartedJobRegistry
+from rq.scheduler import RQScheduler
+from rq.worker import BaseWorker, DequeueStrategy, WorkerStatus
+
+from common import keys, log
+from common.errors import BrokerUnavailable, InternalError, RadixqError, SettingsError
+from common.serializer import JobSerializer
+from common.settings import Settings
+from worker import platform
+from worker.flight import QueuedJob
+from worker.pump import AWAY, Pump
+from worker.runner import Runner
+from worker.scout import Scout
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from redis import Redis
+    from redis.client import Pipeline
+
+MAINTENANCE_S = 30
+SOCKET_TIMEOUT_S = 5.0
+AGAIN_S = 0.3  # a second signal this soon is the same one, delivered twice
+
+_log = log.logger("worker.app")
+
+
+class BatchWorker(BaseWorker):
+    """An RQ worker that runs many jobs of one model as one batch.
+
+    `rq worker --worker-class worker.BatchWorker -u URL radixq`
+    """
+
+    def __init__(
+        self,
+        queues: str | Queue | Sequence[str | Queue],
+        name: str | None = None,
+        *,
+        settings: Settings | None = None,
+        connection: Redis | None = None,
+        prepare_for_work: bool = True,
+        **options: Any,
+    ) -> None:
+        """Take what RQ's command line gives; serializer and job class are always ours.
+
+        Settings come from the environment unless given. With `prepare_for_work=False`, by which RQ reads about another
+        worker, there are none.
+        """
+        given = [queues] if isinstance(queues, str | Queue) else list(queues)
+        names = [queue.name if isinstance(queue, Queue) else queue for queue in given]
+        connection = connection or next(queue.connection for queue in given if isinstance(queue, Queue))
+        options |= {"job_class": QueuedJob, "serializer": JobSerializer, "log_job_description": False}
+        if prepare_for_work:
+            self._settings = settings or _from_env()
+            names = list(dict.fromkeys([*names, *_model_queues(self._settings)]))
+            self._label = self._settings.worker_name or name or socket.gethostname()
+            name = name or _unique(self._label)
+            QueuedJob.callbacks = frozenset(self._settings.callbacks)
+        super().__init__(names, name, connection=connection, prepare_for_work=prepare_for_work, **options)
+        self.push_exc_handler(self._abandoned)  # type: ignore[no-untyped-call]
+        self.maintenance_interval = min(self.maintenance_interval, MAINTENANCE_S)
+        self._pump: Pump | None = None
+        self._schedule: RQScheduler | None = None
+        self._burst = self._orderly = False
+        self._max_jobs: int | None = None
+        self._stopped_at = 0.0
+
+    def work(  # noqa: PLR0913  # RQ's signature
+        self,
+        burst: bool = False,
+        logging_level: str | None = None,
+        date_format: str = DEFAULT_LOGGING_DATE_FORMAT,
+        log_format: str = DEFAULT_LOGGING_FORMAT,
+        max_jobs: int | None = None,
+        max_idle_time: int | None = None,
+        with_scheduler: bool = True,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
+    ) -> bool:
+        """Run until asked to stop; with `burst` until nothing waits, with `max_jobs` until so many were run.
+
+        Return whether any job was run. RQ's scheduler always runs, in this process.
+
+        Raises:
+            SystemExit: the worker could not start or go on; one line on stderr says why.
+        """
+        log.configure(self._settings.log)
+        self._burst, self._max_jobs = burst, max_jobs
+        platform.prepare(fast_blas=self._settings.fast_blas)  # before anything imports MLX
+        runner = Runner(self._settings)
+        scout = Scout(self._settings, self.queue_names(), redis_url=_url(self.connection))
+        self._pump = Pump(self, self._settings, self._label, runner, scout)
+        self._install_signal_handlers()  # type: ignore[no-untyped-call]
+        try:
+            self._check_connection()
+            scout.start()
+            runner.start()
+            super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
+        except AWAY as error:
+            self._pump.error = BrokerUnavailable(f"Redis went away while the worker started: {error}")
+        except RadixqError as error:
+            self._pump.error = error
+        finally:
+            scout.close()
+            runner.stop()
+        if not self._orderly:
+            _leave(self._pump.error or InternalError("the worker's loop ended by a defect; the lines above say where"))
+        return self._pump.started > 0
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> None:
+        """Run jobs until there is a reason to end; the pump starts them, so none is returned to RQ's loop."""
+        assert self._pump is not None
+        self._pump.run(burst=self._burst, max_jobs=self._max_jobs, max_idle_s=max_idle_time)
+        self._orderly = self._pump.error is None
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Do nothing: the pump has started it already."""
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Do nothing: the pump looks, and goes on with what runs."""
+
+    def cleanup_execution(self, job: Job, pipeline: Pipeline, execution: Execution | None = None) -> None:
+        """Add our result, and the worker's state, to the transaction in which RQ ends an execution."""
+        super().cleanup_execution(job, pipeline, execution)
+        flight = self._pump.flights.get(execution.id) if self._pump and execution else None
+        if self._pump and flight:
+            self._pump.outbox.write(flight, pipeline)
+            if len(self._pump.flights) == 1:
+                self.set_state(WorkerStatus.IDLE, pipeline)
+
+    def handle_job_failure(
+        self,
+        job: Job,
+        queue: Queue,
+        started_job_registry: StartedJobRegistry | None = None,
+        exc_string: str = "",
+        execution: Execution | None = None,
+    ) -> None:
+        """Fail a job that ran. Without an execution it was claimed by a worker that died before it started the job."""
+        if execution is not None:
+            super().handle_job_failure(job, queue, started_job_registry, exc_string, execution)
+        elif self.connection.lrem(queue.intermediate_queue_key, 1, job.id):
+            queue.push_job_id(job.id, at_front=True)
+
+    def run_maintenance_tasks(self) -> None:
+        """Let RQ clean its registries, our own leases renewed first: it must not find us late."""
+        try:
+            if self._pump is not None:
+                self._pump.renew()
+            super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            if self._schedule is not None:
+                self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
+        except AWAY as error:
+            _log.error("maintenance has to wait", extra={"error": error})
+
+    def enqueue_scheduled_jobs(self) -> None:
+        """Put jobs whose time has come into their queues: retries with an interval, `enqueue_at`."""
+        if self._schedule is not None:
+            self._schedule.heartbeat()  # type: ignore[no-untyped-call]
+            self._schedule.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+
+    def bootstrap(self, *args: Any, **options: Any) -> None:
+        """Take over from a dead predecessor, then register."""
+        assert self._pump is not None
+        self._pump.recover()
+        super().bootstrap(*args, **options)
+
+    def register_birth(self) -> None:
+        """Register under our name, which must be free."""
+        try:
+            super().register_birth()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise SettingsError(f"{error}; start without --name and every worker gets a name of its own") from None
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Finish what runs, start nothing more; the second time hand back at once. Only sets flags."""
+        again = self._stop_requested and time.monotonic() - self._stopped_at > AGAIN_S
+        if not self._stop_requested:
+            self._stop_requested, self._stopped_at = True, time.monotonic()
+        if self._pump is not None:
+            self._pump.stop(now=again)
+
+    request_force_stop = request_stop
+
+    def handle_payload(self, message: dict[str, Any]) -> None:
+        """Stop every execution of the job in question (RQ knows one). Runs in RQ's own thread."""
+        payload = parse_payload(message)
+        flights = list(self._pump.flights.values()) if self._pump else []
+        hits = [flight.id for flight in flights if flight.job.id == payload.get("job_id")]
+        if payload.get("command") == "stop-job" and hits:
+            for execution_id in hits:
+                self.request_stop_execution(execution_id)
+        else:
+            super().handle_payload(message)  # type: ignore[no-untyped-call]
+
+    def request_stop_execution(self, execution_id: str) -> None:
+        """Stop one execution. Runs in RQ's own thread."""
+        if self._pump is not None:
+            self._pump.stop_execution(execution_id)
+
+    def unsubscribe(self) -> None:
+        """Leave the worker's channel; unless its thread is told first, RQ waits a second for it."""
+        if self.pubsub_thread is not None:
+            self.pubsub_thread.stop()
+        super().unsubscribe()  # type: ignore[no-untyped-call]
+
+    def teardown(self) -> None:
+        """Hand back what runs, then leave RQ's books."""
+        assert self._pump is not None
+        self._pump.close()
+        try:
+            if self._schedule is not None:
+                self._schedule.release_locks()  # type: ignore[no-untyped-call]
+                self._schedule.register_death()
+            super().teardown()  # type: ignore[no-untyped-call]
+        except redis.exceptions.RedisError as error:
+            _log.error("could not unregister", extra={"error": error})
+
+    def _abandoned(self, job: QueuedJob, *exc_info: object) -> None:
+        """RQ's maintenance found a job whose worker is gone (the only place from where RQ calls our handler)."""
+        if self._pump is not None:
+            self._pump.outbox.abandon(job)
+
+    def _start_scheduler(self, *args: Any, **options: Any) -> None:
+        """Schedule in this process, in the pump: RQ's own would fork, which MLX does not survive."""
+        self._schedule = RQScheduler(self.queues, connection=self.connection, serializer=self.serializer)
+        self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
+        self._schedule.register_birth()
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """Never repeat a command by itself: a transaction whose answer was lost must not be sent twice."""
+        connection.set_retry(Retry(NoBackoff(), 0))
+        connection.connection_pool.connection_kwargs["socket_timeout"] = SOCKET_TIMEOUT_S
+        return connection
+
+    def _set_ip_address(self, connection: Redis) -> None:
+        try:
+            super()._set_ip_address(connection)
+        except AWAY:
+            self.ip_address = "unknown"  # work() says properly what is wrong
+
+    def _check_connection(self) -> None:
+        try:
+            self.connection.ping()
+        except redis.exceptions.RedisError as error:
+            used = self.connection.connection_pool.connection_kwargs
+            at = used.get("path") or f"{used.get('host')}:{used.get('port')}"
+            raise BrokerUnavailable(f"Redis at {at} cannot be used: {error}") from error
+
+
+def _from_env() -> Settings:
+    try:
+        return Settings.from_env()
+    except SettingsError as error:
+        _leave(error)
+
+
+def _model_queues(settings: Settings) -> list[str]:
+    """Return the queues of jobs that ask for this worker's model by one of its names."""
+    names = list(settings.model_aliases)
+    if settings.model_path is not None:
+        path = Path(settings.model_path).expanduser()
+        names.insert(0, path.absolute().name.removesuffix(".gguf") if path.exists() else settings.model_path)
+    return [keys.model_queue(name) for name in names]
+
+
+def _url(connection: Redis) -> str:
+    """Write the connection as a URL, for the scout's process: RQ tells us only what it made of the user's."""
+    pool = connection.connection_pool
+    used = pool.connection_kwargs
+    user, password = (quote(used.get(name) or "", safe="") for name in ("username", "password"))
+    credentials = f"{user}:{password}@" if password else ""
+    if used.get("path"):
+        return f"unix://{credentials}{used['path']}?db={used.get('db') or 0}"
+    scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
+    host = f"[{used['host']}]" if ":" in used["host"] else used["host"]
+    return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}"
+
+
+def _unique(label: str) -> str:
+    """Name the worker so that a restart never meets its dead predecessor's name."""
+    parts = dict.fromkeys((label, socket.gethostname(), str(os.getpid()), secrets.token_hex(3)))
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", ".".join(parts))
+
+
+def _leave(error: RadixqError) -> NoReturn:
+    """End the process with one line: whoever called us (`rq worker`) would print a traceback."""
+    code = "" if error.code == RadixqError.code else f"{error.code}: "
+    print(f"radixq: {code}{' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+    raise SystemExit(error.exit_code)
+
+
+def _start_though_suspended() -> None:
+    """Let `rq worker` start us while RQ is suspended or its server is away: it would leave before we are asked."""
+    command = sys.modules.get("rq.cli.workers")
+    if command is not None:
+        command.is_suspended = lambda connection: False  # type: ignore[attr-defined]
+
+
+_start_though_suspended()

@@ -1,0 +1,246 @@
+"""Write what became of each job: our readable hash and RQ's own bookkeeping in one transaction, once each.
+
+An outbox: a result waits here while Redis is away. Knows nothing of queues, prompts or the engine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+import redis.exceptions
+from rq.job import Job, JobStatus
+from rq.utils import now
+from rq.worker import BaseWorker
+
+from common import keys
+from common.errors import Cancelled, Expired, InternalError, InvalidRequest, RadixqError, WorkerCrashed
+from common.log import logger
+from common.messages import Failure, Result, Status, Timing
+from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker.sequence import Finished
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+    from common.settings import Settings
+
+_log = logger("worker.deliver")
+_REFUSING: tuple[type[RadixqError], ...] = (InvalidRequest, *InvalidRequest.__subclasses__(), Expired, InternalError)
+_REFUSALS = {error.code: error for error in _REFUSING}
+
+
+class Outbox:
+    """Results on their way to Redis.
+
+    A job counts as running, and its lease is renewed, until its result is delivered.
+    """
+
+    def __init__(self, worker: BaseWorker, settings: Settings, clock: Clock, label: str) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._clock = clock
+        self._label = label
+        self._waiting: deque[Flight] = deque()
+        self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="callbacks")
+        self.model = ""
+        self.jobs_finished = 0
+        self.jobs_failed = 0
+
+    def put(self, flight: Flight, outcome: Finished | RadixqError) -> None:
+        """Decide a job; what comes later for the same flight is ignored."""
+        if flight.result is None:
+            flight.error = outcome if isinstance(outcome, RadixqError) else None
+            flight.result = self._result(flight, outcome)
+            self._waiting.append(flight)
+
+    def flush(self) -> Iterator[Flight]:
+        """Deliver one result after the other and yield each flight that is done with.
+
+        Raises:
+            redis.exceptions.RedisError: nothing was lost; go on later.
+        """
+        while self._waiting:
+            flight = self._waiting[0]
+            self._deliver(flight)
+            self._waiting.popleft()
+            yield flight
+
+    def write(self, flight: Flight, pipe: Pipeline) -> None:
+        """Append our hash to RQ's transaction. A job that RQ will run again has no time to live."""
+        if flight.result is not None:
+            self._write(keys.result(flight.job.id), flight.result, pipe)
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is to be delivered."""
+        return bool(self._waiting)
+
+    def abandon(self, job: QueuedJob) -> None:
+        """Say in our hash what RQ is about to do with a job whose worker is gone: run it again, or fail it."""
+        key, now = keys.result(job.id), self._clock.now()
+        job.failure_ttl = self._settings.prompt_ttl_s
+        ends = not job.should_retry
+        result = Result(
+            id=job.id,
+            status="failed" if ends else "queued",
+            attempts=int(self._worker.connection.hget(key, "attempts") or 1),
+            error=Failure(code=WorkerCrashed.code, message="the worker that ran the job gave no more sign of life"),
+            timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=iso(now) if ends else None),
+            **_labels(job.body(self._settings.max_job_bytes)),
+        )
+        with self._worker.connection.pipeline() as pipe:
+            self._write(key, result, pipe)
+            pipe.execute()
+
+    def close(self) -> None:
+        """Let the callbacks that already run end; drop the others."""
+        self._callbacks.shutdown(wait=False, cancel_futures=True)
+
+    def _write(self, key: str, result: Result, pipe: Pipeline) -> None:
+        pipe.delete(key)
+        pipe.hset(key, mapping=cast(dict[Any, Any], result.to_hash()))
+        if result.status != "queued":
+            pipe.expire(key, self._settings.result_ttl_s)
+
+    def _deliver(self, flight: Flight) -> None:
+        status, leased = self._books(flight)
+        if status is None or status == JobStatus.CANCELED.value:
+            self._cancel(flight, status)
+        elif not leased:
+            self._drop(flight, status)
+        elif flight.error is None:
+            self._succeed(flight)
+        else:
+            self._fail(flight, flight.error)
+
+    def _books(self, flight: Flight) -> tuple[str | None, bool]:
+        """Return RQ's status of the job, and whether this execution still holds its lease."""
+        with self._worker.connection.pipeline(transaction=False) as pipe:
+            pipe.hget(flight.job.key, "status")
+            pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
+            status, lease = pipe.execute()
+        return (status.decode() if status else None), lease is not None
+
+    def _succeed(self, flight: Flight) -> None:
+        job = self._ended(flight.job)
+        assert flight.result is not None
+        job._result = flight.result.model_dump(mode="json", exclude_none=True)  # RQ has no public way in
+        job._status = JobStatus.FINISHED
+        self._worker.handle_job_success(job, flight.queue, flight.queue.started_job_registry, flight.execution)
+        self.jobs_finished += 1
+        self._call_back(job, "success_callback", job._result)
+
+    def _fail(self, flight: Flight, error: RadixqError) -> None:
+        job, worker = self._ended(flight.job), self._worker
+        before = (job.retries_left, job._status)
+        if not error.retry:
+            job.retries_left = 0
+        worker._stopped_job_id = job.id if flight.stopped else None
+        worker.handle_job_failure(job, flight.queue, exc_string=f"{error.code}: {error}", execution=flight.execution)
+        if self._books(flight)[1]:  # RQ logs a failed transaction and goes on; the lease shows it
+            job.retries_left, job._status = before
+            raise redis.exceptions.ConnectionError(f"the failure of job {job.id} was not written")
+        self.jobs_failed += 1
+        _log.warning("failed", extra={"job": job.id, "code": error.code, "retry": job.retries_left or 0})
+        if flight.stopped:
+            self._call_back(job, "stopped_callback")
+        elif flight.result is not None and flight.result.status != "queued":
+            self._call_back(job, "failure_callback", type(error), error, None)
+
+    def _cancel(self, flight: Flight, status: str | None) -> None:
+        """End a job that was cancelled or deleted while it ran; RQ has taken it out of its registries already."""
+        if flight.result is None or flight.result.status != "cancelled":
+            flight.result = self._result(flight, Cancelled("the job was cancelled while it ran"))
+        job = flight.job
+        with self._worker.connection.pipeline() as pipe:
+            self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+            if status is None:
+                pipe.delete(job.key)
+            else:
+                pipe.expire(job.key, self._settings.prompt_ttl_s)
+            pipe.execute()
+
+    def _drop(self, flight: Flight, status: str) -> None:
+        """Forget a result whose job is somebody else's by now, or which is already written."""
+        _log.warning("lease lost: dropping result", extra={"job": flight.job.id, "rq_status": status})
+        flight.result = None
+        with self._worker.connection.pipeline() as pipe:
+            self._worker.cleanup_execution(flight.job, pipeline=pipe, execution=flight.execution)
+            pipe.execute()
+
+    def _ended(self, job: Job) -> Job:
+        """Stamp the end; RQ's hash holds the prompt, so it stays for a shorter time than our result."""
+        job.ended_at = now()
+        job.result_ttl = job.failure_ttl = self._settings.prompt_ttl_s
+        return job
+
+    def _result(self, flight: Flight, outcome: Finished | RadixqError) -> Result:
+        common: dict[str, Any] = {
+            "id": flight.job.id, "model": self.model, "worker": self._label, "attempts": flight.attempts,
+            "timing": self._timing(flight, outcome), **_labels(flight.job.body(self._settings.max_job_bytes)),
+        }  # fmt: skip
+        if isinstance(outcome, Finished):
+            return Result(
+                status="finished", text=outcome.text, finish_reason=outcome.finish_reason, usage=outcome.usage, **common
+            )
+        error = Failure(code=outcome.code, message=str(outcome))
+        return Result(status=_status(flight, outcome), error=error, **common)
+
+    def _timing(self, flight: Flight, outcome: Finished | RadixqError) -> Timing:
+        finished_at = self._clock.now()
+        finished = outcome if isinstance(outcome, Finished) else None
+        return Timing(
+            submitted_at=iso(flight.submitted_at),
+            started_at=iso(flight.started_at),
+            finished_at=iso(finished_at),
+            queued_ms=_milliseconds(flight.started_at - flight.submitted_at),
+            prefill_ms=round(finished.prefill_ms, 3) if finished else None,
+            decode_ms=round(finished.decode_ms, 3) if finished else None,
+            total_ms=_milliseconds(finished_at - flight.submitted_at),
+        )
+
+    def _call_back(self, job: Job, kind: str, *args: object) -> None:
+        if getattr(job, f"_{kind}_name"):
+            self._callbacks.submit(_isolated, job, kind, *args)
+
+
+def refused(failure: Failure | None) -> RadixqError:
+    """Make the error of a job that was refused before it reached the engine."""
+    failure = failure or Failure(code=InternalError.code, message="the job was neither prepared nor refused")
+    return _REFUSALS.get(failure.code, InvalidRequest)(failure.message)
+
+
+def _status(flight: Flight, error: RadixqError) -> Status:
+    if isinstance(error, Cancelled):
+        return "cancelled"
+    if isinstance(error, Expired):
+        return "expired"
+    return "queued" if error.retry and flight.job.should_retry else "failed"
+
+
+def _labels(body: Any) -> dict[str, Any]:
+    """Pick what the producer wants to find again in the result, as far as it can be read."""
+    if not isinstance(body, dict):
+        return {}
+    labels = {name: body[name] for name in ("custom_id", "batch_id") if isinstance(body.get(name), str)}
+    metadata = body.get("metadata")
+    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+        labels["metadata"] = metadata
+    return labels
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(max(seconds, 0.0) * 1000, 3)
+
+
+def _isolated(job: Job, kind: str, *args: object) -> None:
+    """Run somebody's callback where it can neither fail the job nor hold up the worker."""
+    try:
+        callback = getattr(job, kind)
+        if callback is not None:
+            callback(job, job.connection, *args)
+    except Exception:  # noqa: BLE001  # not our code
+        _log.exception("callback raised", extra={"job": job.id, "callback": kind})

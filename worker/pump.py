@@ -1,0 +1,292 @@
+"""The worker's step: engine and scout on one side, Redis on the other, many jobs at once in between.
+
+Runs in the main thread and never waits longer than `TICK_S`. Knows when what is due, not how it is done: that is in
+`drain`, `leases`, `deliver` and `metrics`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import redis.exceptions
+from rq.suspension import is_suspended
+from rq.worker import WorkerStatus
+
+from common.errors import Cancelled, JobTimeout, RadixqError
+from common.log import logger
+from worker import leases
+from worker.deliver import Outbox, refused
+from worker.drain import Drain
+from worker.flight import Clock, Flight
+from worker.metrics import Jobs, Metrics
+from worker.sequence import Died, Event, Finished, Ready
+
+if TYPE_CHECKING:
+    from common.settings import Settings
+    from worker.app import BatchWorker
+    from worker.runner import Runner
+    from worker.scout import Candidate, Scout
+
+TICK_S = 0.05
+POLL_S = 0.5  # cancelled jobs, `rq suspend`
+BEAT_S = 10.0  # well inside the lease
+BACKOFF_S = 5.0
+BATCH = 16  # jobs started, and results written, between two looks at the engine
+AWAY = (
+    redis.exceptions.ConnectionError,
+    redis.exceptions.TimeoutError,
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+)
+
+_log = logger("worker.pump")
+
+
+class Pump:
+    """Everything between RQ's loop and the engine, for one worker process.
+
+    Attributes:
+        flights: what runs, by execution, until its result is delivered.
+        error: why it ended, unless it was asked to.
+    """
+
+    def __init__(self, worker: BatchWorker, settings: Settings, label: str, runner: Runner, scout: Scout) -> None:
+        self._worker, self._settings, self._runner, self._scout = worker, settings, runner, scout
+        self._clock = Clock()
+        self._drain = Drain(worker, self._clock, label, settings.window_jobs)
+        self._outbox = Outbox(worker, settings, self._clock, label)
+        self._metrics = Metrics(worker.connection, label, self._clock)
+        self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
+        self._offers: list[Candidate] = []
+        self._stops: SimpleQueue[str] = SimpleQueue()
+        self._ready = self._suspended = self._stopping = self._hurry = False
+        self._stopping_since = self._away_until = self._away_s = 0.0
+        self._active_at = time.monotonic()
+        self.flights: dict[str, Flight] = {}
+        self.started = 0
+        self.error: RadixqError | None = None
+
+    def run(self, *, burst: bool, max_jobs: int | None, max_idle_s: int | None) -> None:
+        """Step until there is a reason to end; what still runs then is for `close` to hand back."""
+        while not self._over(burst, max_jobs, max_idle_s):
+            wait([self._scout.fileno(), self._runner.fileno()], 0 if self._backlog(max_jobs) else TICK_S)
+            self._collect()
+            self._with_redis(lambda: self._exchange(max_jobs))
+
+    def stop(self, *, now: bool = False) -> None:
+        """Start nothing more and finish what runs, for as long as the settings allow; `now`: not even that.
+
+        Only sets flags: it is called by signal handlers.
+        """
+        if not self._stopping:
+            self._stopping, self._stopping_since = True, time.monotonic()
+        self._hurry = self._hurry or now
+
+    def stop_execution(self, execution_id: str) -> None:
+        """End one execution, as somebody asked RQ to; for any thread."""
+        self._stops.put(execution_id)
+
+    def recover(self) -> None:
+        """Take over from a dead predecessor on this machine."""
+        leases.recover(self._worker, self._drain)
+
+    def renew(self) -> None:
+        """Renew all leases; what was taken away is given up (its delivery finds out who has it)."""
+        for flight in leases.renew(self._worker, list(self.flights.values())):
+            self._end(flight, Cancelled("the job was taken from this worker"))
+
+    def close(self) -> None:
+        """Deliver what is ready, hand back the rest; as far as Redis is there."""
+        for step in (self._drain.settle, self._deliver_all, self._hand_back, lambda: self._publish("stopped")):
+            try:
+                step()
+            except redis.exceptions.RedisError as error:
+                _log.error("redis failed while stopping", extra={"error": error, "running": len(self.flights)})
+        self._outbox.close()
+
+    @property
+    def outbox(self) -> Outbox:
+        """Where results wait to be written."""
+        return self._outbox
+
+    @property
+    def state(self) -> WorkerStatus:
+        """What `rq info` is to show."""
+        if self.flights:
+            return WorkerStatus.BUSY
+        if not self._ready:
+            return WorkerStatus.STARTED
+        return WorkerStatus.SUSPENDED if self._suspended else WorkerStatus.IDLE
+
+    def _collect(self) -> None:
+        """Take in what happened; Redis is not needed for it."""
+        try:
+            self._offers += self._scout.poll()
+        except RadixqError as error:
+            self.error = error
+        for event in self._runner.events():
+            self._handle(event)
+        while not self._stops.empty():
+            flight = self.flights.get(self._stops.get())
+            if flight is not None and flight.result is None:
+                flight.stopped = True
+                self._end(flight, Cancelled("the job was stopped while it ran"))
+        now = time.monotonic()
+        for flight in self.flights.values():
+            if flight.result is None and now > flight.deadline:
+                self._end(flight, JobTimeout(f"the job ran longer than its timeout of {flight.job.timeout} s"))
+
+    def _exchange(self, max_jobs: int | None) -> None:
+        """Do everything with Redis that is due."""
+        if self._beat.due():
+            self._clock.sync(self._worker.connection)
+            self.renew()
+        self._deliver()
+        if self._poll.due():
+            self._look()
+        if self._second.due():
+            self._publish("stopping" if self._stopping else self.state.value)
+            self._worker.enqueue_scheduled_jobs()
+        if self._worker.should_run_maintenance_tasks:
+            self._worker.run_maintenance_tasks()
+        self._admit(max_jobs)
+        if self._worker.get_state() != self.state:
+            self._worker.set_state(self.state)
+
+    def _over(self, burst: bool, max_jobs: int | None, max_idle_s: int | None) -> bool:
+        if self.error is not None:
+            return True
+        if self._stopping:
+            late = time.monotonic() - self._stopping_since > self._settings.drain_s
+            return not self.flights or self._hurry or late
+        if self.flights or self._away_s:
+            return False
+        if max_jobs is not None and self.started >= max_jobs:
+            return True
+        if burst and (self._suspended or (self._ready and not self._offers and self._scout.idle())):
+            return True
+        return max_idle_s is not None and time.monotonic() - self._active_at > max_idle_s
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self._ready, self._outbox.model = True, event.model
+            self._active_at = time.monotonic()
+            _log.info("ready", extra={"model": event.model, "notes": "; ".join(event.notes)})
+        elif isinstance(event, Died):
+            self.error = event.error
+        elif event.id in self.flights:
+            self._outbox.put(self.flights[event.id], event if isinstance(event, Finished) else event.error)
+
+    def _end(self, flight: Flight, error: RadixqError) -> None:
+        self._runner.abort(flight.id)
+        self._outbox.put(flight, error)
+
+    def _admit(self, max_jobs: int | None) -> None:
+        room = self._room(max_jobs)
+        self._scout.want(room)
+        if not self._open:
+            self._scout.settled([candidate.job_id for candidate in self._offers])
+            self._offers = []
+        batch, self._offers = self._offers[: min(room, BATCH)], self._offers[min(room, BATCH) :]
+        if not batch:
+            return
+        try:
+            taken = self._drain.take(batch, self._outbox.model)
+        finally:
+            self._scout.settled([candidate.job_id for candidate in batch])
+        for candidate, flight in taken:
+            self._launch(candidate, flight)
+
+    @property
+    def _open(self) -> bool:
+        return self._ready and not self._suspended and not self._stopping
+
+    def _room(self, max_jobs: int | None) -> int:
+        """How many more jobs may be started now."""
+        left = self._runner.room if max_jobs is None else min(self._runner.room, max_jobs - self.started)
+        return max(0, left) if self._open else 0
+
+    def _backlog(self, max_jobs: int | None) -> bool:
+        """Whether there is more to do with Redis at once."""
+        return not self._away_s and (self._outbox.waits or (bool(self._offers) and self._room(max_jobs) > 0))
+
+    def _launch(self, candidate: Candidate, flight: Flight) -> None:
+        self.flights[flight.id] = flight
+        self._active_at = time.monotonic()
+        if flight.error is not None:
+            self._outbox.put(flight, flight.error)
+            return
+        self.started += 1
+        if candidate.prompt is None:
+            self._outbox.put(flight, refused(candidate.refusal))
+        else:
+            self._runner.submit(flight.id, candidate.prompt)
+
+    def _deliver(self) -> None:
+        for flight in itertools.islice(self._outbox.flush(), BATCH):
+            self.flights.pop(flight.id, None)
+            self._active_at = time.monotonic()
+
+    def _deliver_all(self) -> None:
+        while self._outbox.waits:
+            self._deliver()
+
+    def _hand_back(self) -> None:
+        flights = list(self.flights.values())
+        for flight in flights:
+            self._runner.abort(flight.id)
+            flight.result = None
+        handed_back = self._drain.hand_back(flights) if flights else 0
+        self.flights.clear()
+        _log.info("stopped", extra={"handed_back": handed_back, "started": self.started})
+
+    def _look(self) -> None:
+        self._suspended = bool(is_suspended(self._worker.connection))
+        running = [flight for flight in self.flights.values() if flight.result is None]
+        for flight in leases.cancelled(self._worker, running) if running else ():
+            self._end(flight, Cancelled("the job was cancelled while it ran"))
+
+    def _publish(self, state: str) -> None:
+        running = sum(flight.result is None for flight in self.flights.values())
+        jobs = Jobs(self._outbox.jobs_finished, self._outbox.jobs_failed, running)
+        self._metrics.publish(state, self._outbox.model, jobs, self._runner.stats(), self._worker.queue_keys())
+
+    def _with_redis(self, exchange: Callable[[], None]) -> None:
+        """Do it unless Redis is away; then try again after a while. The engine goes on meanwhile."""
+        if time.monotonic() < self._away_until:
+            return
+        try:
+            exchange()
+        except AWAY as error:
+            _log.error("redis is away, going on without", extra={"error": error, "running": len(self.flights)})
+            self._scout.want(0)
+            self._away_s = min(BACKOFF_S, 2 * self._away_s or TICK_S)
+            self._away_until = time.monotonic() + self._away_s
+        else:
+            if self._away_s:
+                _log.warning("redis is back", extra={"undelivered": len(self.flights)})
+                self._beat.hasten()
+            self._away_s = 0.0
+
+
+class _Every:
+    """True once per interval."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
+
+    def hasten(self) -> None:
+        self._next = 0.0
