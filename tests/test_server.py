@@ -21,18 +21,13 @@ from worker import server
 
 # A caller in a process of its own: starts a server for the home, says so, and stays until it is killed.
 CALLER = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
 from worker import server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
 home, persistent = pathlib.Path(sys.argv[1]), sys.argv[2] == "persistent"
 print("url", server.start(home, persistent=persistent).url, flush=True)
 time.sleep(600)
 """
-
-
-def free_port() -> int:
-    """Keep tests of persistent servers away from the usual port, where a developer's own server may be wanted."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def gone(pid: int) -> bool:
@@ -68,7 +63,7 @@ def test_each_test_has_an_empty_database_of_its_own(redis: Redis, redis_url: str
 
 
 def test_a_second_caller_gets_the_server_that_runs_and_cannot_stop_it(home: Path) -> None:
-    with server.start(home, port=free_port()) as first:
+    with server.start(home) as first:
         with server.start(home) as second:
             assert second.url == first.url
             assert second.process is None
@@ -78,18 +73,17 @@ def test_a_second_caller_gets_the_server_that_runs_and_cannot_stop_it(home: Path
 
 
 def test_callers_at_the_same_moment_get_one_server(home: Path) -> None:
-    port = free_port()
     with ThreadPoolExecutor(4) as pool:
-        servers = list(pool.map(lambda _: server.start(home, port=port), range(4)))
+        servers = list(pool.map(lambda _: server.start(home), range(4)))
     num_starters = sum(found.process is not None for found in servers)
     for found in servers:
         found.stop()
     assert num_starters == 1
-    assert {found.url for found in servers} == {f"redis://127.0.0.1:{port}"}
+    assert len({found.url for found in servers}) == 1
 
 
 def test_a_persistent_server_keeps_its_data_and_its_port(home: Path) -> None:
-    with server.start(home, port=free_port()) as first, Redis.from_url(first.url) as redis:
+    with server.start(home) as first, Redis.from_url(first.url) as redis:
         redis.set("kept", "yes")
     with server.start(home) as again, Redis.from_url(again.url) as redis:
         assert redis.get("kept") == b"yes"
@@ -99,7 +93,7 @@ def test_a_persistent_server_keeps_its_data_and_its_port(home: Path) -> None:
 
 
 def test_what_was_answered_survives_a_kill_of_the_server(home: Path) -> None:
-    with server.start(home, port=free_port()) as first, Redis.from_url(first.url) as redis:
+    with server.start(home) as first, Redis.from_url(first.url) as redis:
         redis.set("kept", "yes")
         assert first.process is not None
         first.process.kill()
@@ -114,8 +108,6 @@ def test_a_server_listens_on_loopback_only(home: Path) -> None:
 
 
 def test_a_persistent_server_outlives_a_killed_caller_and_is_found_again(home: Path, processes: Processes) -> None:
-    home.mkdir()
-    (home / "server.json").write_text(json.dumps({"url": "", "pid": 0, "port": free_port()}))
     caller = processes.python("-c", CALLER, home, "persistent")
     url = caller.wait_for_log("url redis").split()[1]
     caller.kill()
@@ -134,8 +126,6 @@ def test_any_other_server_dies_with_a_killed_caller(home: Path, processes: Proce
 
 
 def test_ctrl_c_at_the_caller_does_not_reach_the_server(home: Path) -> None:
-    home.mkdir()
-    (home / "server.json").write_text(json.dumps({"url": "", "pid": 0, "port": free_port()}))
     caller = subprocess.Popen(
         [sys.executable, "-c", CALLER, home, "persistent"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
@@ -154,6 +144,15 @@ def test_a_taken_port_that_was_asked_for_is_an_error_and_leaves_the_home_free(ho
             server.start(home, port=port, persistent=False)
     with server.start(home, persistent=False) as running:
         assert running.process is not None
+
+
+def test_a_persistent_server_takes_its_usual_port_if_it_is_free_and_another_if_not(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = int(taken.getsockname()[1])
+        with server.start(home / "a", usual=port) as elsewhere:
+            assert not elsewhere.url.endswith(f":{port}")
+    with server.start(home / "b", usual=port) as there:
+        assert there.url.endswith(f":{port}")
 
 
 def test_without_any_server_program_the_error_names_the_ways_out(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
