@@ -60,9 +60,9 @@ def test_a_worker_that_has_done_nothing_yet_has_no_ratio_to_divide_by(metrics: M
 
 
 def test_rates_are_of_the_last_interval_in_which_there_was_work(metrics: Metrics, redis: Redis) -> None:
-    publish(metrics, EngineStats(prefill_tokens=100, prefill_s=1.0, completion_tokens=50, decode_s=2.0))
+    publish(metrics, EngineStats(computed_tokens=100, prefill_s=1.0, decoded_tokens=50, decode_s=2.0))
     assert read(redis)["prefill_tokens_per_s"] == "100"
-    publish(metrics, later := EngineStats(prefill_tokens=100, prefill_s=1.0, completion_tokens=90, decode_s=4.5))
+    publish(metrics, later := EngineStats(computed_tokens=100, prefill_s=1.0, decoded_tokens=90, decode_s=4.5))
     fields = read(redis)
     assert (fields["prefill_tokens_per_s"], fields["decode_tokens_per_s"]) == ("100", "16")
     publish(metrics, later)  # idle

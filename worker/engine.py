@@ -326,7 +326,7 @@ class Engine:
             if not row.generated:
                 self._count_prompt(row, 1)
         events = self._accept(np.array(chosen).tolist(), np.array(finite).tolist())
-        self._count(decode_steps=1, decode_s=time.perf_counter() - began)
+        self._count(decode_steps=1, decoded_tokens=len(finite), decode_s=time.perf_counter() - began)
         self._stats = replace(self._stats, last_token_at=time.time())
         return events
 

@@ -14,7 +14,7 @@ from common import keys
 from worker.flight import Clock, iso
 from worker.sequence import EngineStats
 
-_INTERNAL = ("prefill_s", "decode_s", "last_token_at")
+_INTERNAL = ("prefill_s", "decode_s", "decoded_tokens", "last_token_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,9 @@ class Metrics:
 
     def _fields(self, stats: EngineStats) -> dict[str, object]:
         last, self._last = self._last, stats
-        prompt, completion = (
-            stats.prefill_tokens - last.prefill_tokens,
-            stats.completion_tokens - last.completion_tokens,
-        )
-        self._prefill_rate = _rate(prompt, stats.prefill_s - last.prefill_s, self._prefill_rate)
-        self._decode_rate = _rate(completion, stats.decode_s - last.decode_s, self._decode_rate)
+        prefilled, decoded = stats.computed_tokens - last.computed_tokens, stats.decoded_tokens - last.decoded_tokens
+        self._prefill_rate = _rate(prefilled, stats.prefill_s - last.prefill_s, self._prefill_rate)
+        self._decode_rate = _rate(decoded, stats.decode_s - last.decode_s, self._decode_rate)
         fields: dict[str, object] = {name: value for name, value in asdict(stats).items() if name not in _INTERNAL}
         return fields | {
             "cache_hit_ratio": stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,

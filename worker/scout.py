@@ -42,6 +42,7 @@ _BLOCK_S: Final = 2  # of one BLMOVE; less than SOCKET_S
 _BACKOFF_S: Final = 1.0
 _SLICE_S: Final = 0.02  # of preparing, between two looks at the pipe
 _NICE: Final = 5  # the engine's thread and RQ go first
+_NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM)  # are for the worker, which closes the pipe when it ends
 _ENDING_S: Final = 5.0  # for the child, before it is killed
 _START: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from worker.scout import main; main(int(sys.argv[1]))"
@@ -86,12 +87,16 @@ class Scout:
     def start(self) -> None:
         """Start the process; it loads the tokenizer and then reads the queues."""
         fd = self._childs_end.fileno()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, str(fd), json.dumps(sys.path)],
-            pass_fds=[fd],
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # the terminal's Ctrl-C is for the worker
-        )
+        # Ctrl-C goes to the whole process group and is for the worker; the child inherits the mask and then ignores it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _START, str(fd), json.dumps(sys.path)],
+                pass_fds=[fd],
+                stdin=subprocess.DEVNULL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._childs_end.close()
         self._pipe.send(self._task)
 
@@ -185,7 +190,7 @@ class Scout:
 
 def main(fd: int) -> None:
     """Run the child until the other end of the pipe is closed, by its owner or by its death."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
     with Connection(fd) as pipe:

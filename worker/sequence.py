@@ -96,6 +96,8 @@ class EngineStats:
     batch_rows_max: int = 0
     cohorts: int = 0
     decode_steps: int = 0
+    decoded_tokens: int = 0
+    """Tokens generated so far; `completion_tokens` counts those of jobs that have ended."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     attention_form: str = ""
