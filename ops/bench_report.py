@@ -1,0 +1,259 @@
+"""From outcomes to figures, a table that a person reads, and a plot. Starts nothing and measures nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_workloads import Workload
+
+BASE, RIGHT = "stock uncached", "mlx-lm one by one"
+_PACKAGES = ("mlx", "mlx-lm", "radixq", "rq", "redis", "numpy", "mkl")
+Figures = dict[str, Any]
+
+
+def heading(quick: bool) -> Figures:
+    """Return what is needed to read the figures later: machine, versions, commit, command."""
+    return {
+        "bench": 1,
+        "quick": quick,
+        "command": " ".join(["./ops/bench", *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": {
+            "cpu": _cpu_name(), "cores": os.cpu_count(), "system": platform.platform(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "load_before": os.getloadavg(),
+        "workloads": [],
+        "parts": [],
+    }  # fmt: skip
+
+
+def heading_text(result: Figures) -> str:
+    """Return the heading for a person."""
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}\n"
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"\ncommit {result['commit']}: {result['command']}\n"
+        f"CPU seconds of all threads, one BLAS thread each; load before {result['load_before'][0]:.1f}"
+    )
+
+
+def summary(workload: Workload, outcomes: dict[str, list[Figures]], cost: Figures, blas: list[str]) -> Figures:
+    """Return one workload's figures; there may be nobody who finished it."""
+    if not outcomes:
+        return {"name": workload.name, "title": workload.title, "jobs": workload.num_jobs, "contestants": []}
+    first = next(iter(outcomes.values()))[0]
+    generated = sum(map(len, next((o[0] for n, o in outcomes.items() if n == RIGHT), first)["tokens"]))
+    sizes = {"prompt_tokens": first["prompt_tokens"], "distinct_tokens": first["distinct_tokens"]}
+    bound = _limit(sizes, generated, cost.get("c", 1.0))
+    right = outcomes.get(RIGHT, [None])[0]
+    return {
+        "name": workload.name, "title": workload.title, "jobs": workload.num_jobs, "blas": sorted(set(blas)),
+        **sizes, "generated_tokens": generated, **cost, "limit": bound, "limit_by_tokens": _limit(sizes, generated, 1),
+        "contestants": [_contestant(name, outcomes, right, bound) for name in outcomes],
+    }  # fmt: skip
+
+
+def _limit(sizes: Figures, generated: int, c: float) -> float:
+    """Return R, how many times cheaper the jobs can get when a decoded token costs c prefilled ones.
+
+    For G groups of N jobs this is (P + q + c*o) / (P/N + q + c*o).
+    """
+    return float((sizes["prompt_tokens"] + c * generated) / (sizes["distinct_tokens"] + c * generated))
+
+
+def _contestant(name: str, outcomes: dict[str, list[Figures]], right: Figures | None, bound: float) -> Figures:
+    runs = outcomes[name]
+    cpu, wall = [run["cpu_s"] for run in runs], [run["wall_s"] for run in runs]
+    prompt, generated = runs[0]["prompt_tokens"], sum(map(len, runs[0]["tokens"]))
+    figures: Figures = {
+        "name": name, "runs": len(runs), "cpu_s": _spread(cpu), "wall_s": _spread(wall),
+        "prompt_tokens_per_s": prompt / float(np.median(wall)),
+        "generated_tokens_per_s": generated / float(np.median(wall)),
+        "peak_bytes": int(np.median([run["peak_bytes"] for run in runs])),
+        "hit_rate": float(np.median([run["cached_tokens"] for run in runs])) / prompt,
+        "agreement": None if right is None else _agreement(runs[0], right),
+    }  # fmt: skip
+    base = [run["cpu_s"] for run in outcomes.get(BASE, [])]
+    if base:
+        figures["times_stock"] = float(np.median(base) / np.median(cpu))
+        figures["interval"] = _interval(base, cpu) if min(len(base), len(cpu)) >= 3 else None
+        figures["of_limit"] = figures["times_stock"] / bound
+    return figures
+
+
+def _spread(values: list[float]) -> Figures:
+    return {"median": float(np.median(values)), "min": min(values), "max": max(values), "all": values}
+
+
+def _interval(base: list[float], own: list[float]) -> list[float]:
+    """Return the 95 % bootstrap interval of the median ratio of runs in the same round."""
+    ratios = np.array([b / o for b, o in zip(base, own, strict=False)])
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
+    return [float(x) for x in np.percentile(medians, [2.5, 97.5])]
+
+
+def _agreement(run: Figures, right: Figures) -> float:
+    """Return the share of tokens that are at their place in the answer of mlx-lm one by one."""
+    expected = right["text_tokens"] if run["as_text"] else right["tokens"]
+    same = total = 0
+    for answer, reference in zip(run["tokens"], expected, strict=True):
+        total += max(len(answer), len(reference))
+        same += sum(a == b for a, b in zip(answer, reference, strict=False))
+    return same / total if total else 1.0
+
+
+def table(figures: Figures) -> str:
+    """Return one workload as a table."""
+    if not figures["contestants"]:
+        return f"\n== {figures['name']}: {figures['title']}\nnobody finished it"
+    head = (
+        f"{figures['prompt_tokens']:,} prompt tokens ({figures['distinct_tokens']:,} distinct), "
+        f"{figures['generated_tokens']:,} generated, {figures['jobs']} jobs, BLAS {'/'.join(figures['blas'])}"
+    )
+    if "c" in figures:
+        head += (
+            f"\na decoded token costs c = {figures['c']:.2f} prefilled ones ({figures['prefill_ms']:.2f} CPU ms), so "
+            f"R = {figures['limit']:.2f} (by token count {figures['limit_by_tokens']:.2f})"
+        )
+    columns = (
+        "",
+        "CPU s",
+        "min..max",
+        "wall s",
+        "prompt/s",
+        "new/s",
+        "peak MiB",
+        "hits",
+        "x stock",
+        "of R",
+        "tokens =",
+    )
+    rows = [columns, *map(_row, figures["contestants"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    note = "\n* one run; x stock: CPU seconds of stock uncached over this, [95 % interval of pairs]"
+    return f"\n== {figures['name']}: {figures['title']}\n{head}\n" + "\n".join(lines) + note
+
+
+def _row(c: Figures) -> tuple[str, ...]:
+    cpu, times = c["cpu_s"], f"{c['times_stock']:.2f}" if "times_stock" in c else "-"
+    if c.get("interval"):
+        times += " [{:.2f} {:.2f}]".format(*c["interval"])
+    return (
+        c["name"] + ("*" if c["runs"] == 1 else ""),
+        f"{cpu['median']:.2f}",
+        f"{cpu['min']:.2f}..{cpu['max']:.2f}",
+        f"{c['wall_s']['median']:.2f}",
+        f"{c['prompt_tokens_per_s']:.0f}",
+        f"{c['generated_tokens_per_s']:.0f}",
+        f"{c['peak_bytes'] / 2**20:.0f}",
+        f"{100 * c['hit_rate']:.1f} %",
+        times,
+        f"{c['of_limit']:.2f}" if "of_limit" in c else "-",
+        "-" if c["agreement"] is None else f"{100 * c['agreement']:.1f} %",
+    )
+
+
+def parts_text(parts: list[Figures]) -> str:
+    """Return the parts, a line or a few each."""
+    lines = ["\n== parts"] if parts else []
+    for figures in parts:
+        facts = ", ".join(f"{name} {_plain(value)}" for name, value in figures.items() if name not in ("part", "size"))
+        lines.append(f"{figures['part']:<10} {figures['size']}\n{'':<10} {facts}")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items()) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def plot(result: Figures, path: Path) -> None:
+    """Draw how many times less CPU time each contestant needs than stock uncached, and what memory it takes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    workloads = [w for w in result["workloads"] if any("times_stock" in c for c in w["contestants"])]
+    if not workloads:
+        return
+    figure, axes = pyplot.subplots(
+        len(workloads), 2, figsize=(13, 0.9 + 2.3 * len(workloads)), squeeze=False, width_ratios=(5, 3)
+    )
+    for (left, right), workload in zip(axes, workloads, strict=True):
+        _bars(left, right, workload)
+    machine, versions = result["machine"], result["versions"]
+    figure.suptitle("radixq beside mlx-lm: the same jobs, the same model, one BLAS thread", fontsize=13, weight="bold")
+    note = f"{machine['cpu']}, {machine['cores']} cores; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']}; "
+    figure.text(0.5, 0.006, f"{note}commit {result['commit']}", ha="center", fontsize=8, color="#555555")
+    figure.tight_layout(rect=(0, 0.02, 1, 0.99))
+    figure.savefig(path, dpi=130)
+
+
+def _bars(left: Any, right: Any, workload: Figures) -> None:
+    contestants = list(reversed(workload["contestants"]))
+    names = [c["name"] + ("*" if c["runs"] == 1 else "") for c in contestants]
+    colors = ["#d1495b" if c["name"].startswith("radixq") else "#8d99ae" for c in contestants]
+    times = [c.get("times_stock", 0.0) for c in contestants]
+    left.barh(names, times, color=colors)
+    for i, c in enumerate(contestants):
+        if c.get("interval"):
+            left.plot(c["interval"], [i, i], color="#222222", linewidth=1.5)
+        left.annotate(f" {times[i]:.2f}x", (max([times[i], *(c.get("interval") or [])]), i), va="center", fontsize=8)
+    bound = workload["limit"]
+    left.axvline(bound, color="#2a9d8f", linestyle="--", linewidth=1.3)
+    left.annotate(f"limit R = {bound:.1f} ", (bound, len(names) - 0.45), fontsize=8, color="#2a9d8f", ha="right")
+    left.set_ylim(-0.6, len(names) + 0.1)
+    right.set_ylim(-0.6, len(names) + 0.1)
+    left.set_xlim(0, 1.12 * max([bound, *times]))
+    left.set_title(f"{workload['title']}: times less CPU than stock uncached", fontsize=9, loc="left")
+    peaks = [c["peak_bytes"] / 2**20 for c in contestants]
+    right.barh(names, peaks, color=colors)
+    for i, peak in enumerate(peaks):
+        right.annotate(f" {peak:.0f}", (peak, i), va="center", fontsize=8)
+    right.set_yticks([])
+    right.set_xlim(0, 1.18 * max([1.0, *peaks]))
+    right.set_title("peak MiB beyond the weights", fontsize=9, loc="left")
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def _commit() -> str:
+    try:
+        word = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True,
+            cwd=Path(__file__).parent,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return word.stdout.strip()
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
