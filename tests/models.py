@@ -148,8 +148,8 @@ def parameters(model: Module) -> dict[str, mx.array]:
 
 
 def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Any:
-    if len(shape) == 1:  # norms and biases
-        return (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32)
+    if len(shape) <= 1:  # norms, biases and gains
+        return np.float32(1 + 0.1 * rng.standard_normal(shape))
     return (rng.standard_normal(shape) * 1.5 / np.sqrt(shape[-1])).astype(np.float32)
 
 

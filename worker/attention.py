@@ -16,6 +16,7 @@ same storage:
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mlx_lm.models import base
 PRODUCT_TOKENS = 128
 """Segments shorter than this are attended in one masked product together: many small products cost more."""
 
+_TWO = mx.array(2.0)
 _NAME = "scaled_dot_product_attention"
 _STOCK = base.scaled_dot_product_attention
 Layers = Sequence[tuple[mx.array, mx.array]]
@@ -69,10 +71,10 @@ class Plan:
 
 
 class Partial(NamedTuple):
-    """Attention over a part of the keys, before normalisation, in float32.
+    """Attention over a part of the keys, before normalisation, in float32 and to the base 2.
 
-    out [B, N, G*L, Dv] is the sum of exp(score - top) * value; top and total [B, N, G*L, 1] are the largest score and
-    the sum of exp(score - top).
+    out [B, N, G*L, Dv] is the sum of 2^(score - top) * value; top and total [B, N, G*L, 1] are the largest score and
+    the sum of 2^(score - top), where a score is log2(e) times the usual one.
     """
 
     out: mx.array
@@ -161,18 +163,23 @@ def _shared_partial(
 
 
 def _partial(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> Partial:
-    scores = ((queries * scale) @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    scores = ((queries * (scale * math.log2(math.e))) @ keys.swapaxes(-1, -2)).astype(mx.float32)
     if mask is not None:  # the lowest finite number, not -inf: a query that sees nothing must not make a NaN
         scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
     top = mx.max(scores, axis=-1, keepdims=True)
-    weights = mx.exp(scores - top)
+    weights = _exp2(scores - top)
     out = (weights.astype(values.dtype) @ values).astype(mx.float32)
     return Partial(out, top, mx.sum(weights, axis=-1, keepdims=True))
 
 
+def _exp2(x: mx.array) -> mx.array:
+    """Return 2^x. MLX's power takes less than half as long as its exp on the CPU, where exp dominates attention."""
+    return mx.exp(x * math.log(2)) if mx.metal.is_available() else mx.power(_TWO, x)
+
+
 def _merge(a: Partial, b: Partial) -> Partial:
     top = mx.maximum(a.top, b.top)
-    wa, wb = mx.exp(a.top - top), mx.exp(b.top - top)
+    wa, wb = _exp2(a.top - top), _exp2(b.top - top)
     return Partial(a.out * wa + b.out * wb, top, a.total * wa + b.total * wb)
 
 

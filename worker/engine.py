@@ -22,6 +22,7 @@ import numpy as np
 
 from common.errors import InternalError, OutOfMemory, RadixqError
 from common.log import logger
+from worker import attention
 from worker.cache import Limits, PrefixCache, Reuse
 from worker.model import LoadedModel
 from worker.radix import Match, common_prefix
@@ -84,6 +85,8 @@ class Engine:
         self._fill: Fill | None = None
         self._rows: list[Row] = []
         self._batch = self.cache.new_batch()
+        if reuse == "shared" and attention.install(self._model) < loaded.num_layers:
+            raise ValueError(f"{loaded.name} has attention layers that cannot read a shared prefix")
         self._splits_seen = 0
         form = ("packed" if exact else "merged") if reuse == "shared" else reuse
         self._stats = EngineStats(cache_bytes_limit=limits.kv_bytes, attention_form=form)

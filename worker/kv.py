@@ -13,7 +13,7 @@ import numpy as np
 
 from worker.attention import Plan, merged, packed
 
-GROWTH = 16  # a tail buffer grows by this many columns, or by a sixteenth of itself
+GROWTH = 4  # a tail buffer grows by this many columns, or by a sixteenth of itself
 
 
 class KV:
@@ -243,9 +243,9 @@ class Batch:
             if source is None:
                 continue
             held = tails[0].shape if tails else (0, 0, 0, 0)
-            if held[0] >= rows and columns <= held[2] <= 2 * columns + GROWTH and held[0] <= 2 * rows:
+            if held[0] >= rows and columns <= held[2] <= 2 * columns + 16 and held[0] <= 2 * rows:
                 continue
-            width = columns + max(GROWTH, columns // GROWTH)
+            width = columns + max(GROWTH, columns // 16)
             fresh = (_empty(source[0], rows, width), _empty(source[1], rows, width))
             if tails:
                 keep_rows, keep = min(held[0], rows), min(held[2], width)

@@ -32,8 +32,9 @@ _SHOW_SUPPORTED = "ls $(python -c 'import mlx_lm.models as m; print(m.__path__[0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _EDGE_BYTES = 1 << 20  # of a weight file, read at its beginning and at its end for the digest
 _MAX_REASON = 300  # characters of a library's message: one that lists all weights is longer than a screen
-# What mlx-lm and transformers raise for a file that is broken or not what they expect.
-_LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError)
+# What mlx-lm and transformers raise for a file that is broken or not what they expect. SystemExit comes from importing
+# mlx-lm's olmo without a package that it needs; in a thread it would end the thread without a word.
+_LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class LoadedModel:
     name: str
     digest: str  # names the content of the files: KV of different digests never mixes
     dtype: str  # of the KV, for example "float32"
-    num_layers: int
+    num_layers: int  # that keep something: more than there are where a model runs through them several times
     kv_bytes_per_token: int  # one row, all layers, keys and values
     context_length: int
     vocab_size: int  # width of the logits, which may exceed the tokenizer's
@@ -81,7 +82,6 @@ def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> Lo
         tokenizer=read.tokenizer,
         name=name,
         digest=_digest(path),
-        num_layers=len(model.layers),
         context_length=read.context_length,
         eos_token_ids=read.eos_token_ids,
         notes=notes,
@@ -155,6 +155,8 @@ def _digest(path: Path) -> str:
 
 
 def _brief(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "mlx-lm needs a package for it that is not installed"
     return " ".join(str(error).split())[:_MAX_REASON]
 
 
@@ -184,7 +186,7 @@ def _read_directory_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWr
         never = {"trust_remote_code": False}
         ends = config.get("eos_token_id")
         tokenizer: TokenizerWrapper = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+    except (Exception, SystemExit) as error:  # bare Exception: tokenizers, for a broken file; SystemExit: see above
         raise ModelNotLoaded(f"cannot load the tokenizer of {path}: {_brief(error)}; download it again") from error
     return tokenizer
 
@@ -262,6 +264,7 @@ def _run_one_token(model: Module, path: Path) -> dict[str, Any]:
     keys_and_values = [(leaf.keys, leaf.values) for leaf in _leaves(cache) if getattr(leaf, "keys", None) is not None]
     dtype = keys_and_values[0][0].dtype if keys_and_values else logits.dtype
     measured = {
+        "num_layers": len(cache),
         "dtype": str(dtype).removeprefix("mlx.core."),
         # [B, H, T, D]; T is what the cache allocated, more than the one token in it
         "kv_bytes_per_token": sum(part.nbytes // part.shape[2] for pair in keys_and_values for part in pair),

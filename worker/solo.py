@@ -7,11 +7,12 @@ whole state at a depth where it was kept (`snapshot`), which no one can cut.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import CacheList, KVCache
 
 from worker.kv import KV, Path, all_finite, detached
 
@@ -25,13 +26,13 @@ class Snapshot:
 
     def __init__(self, caches: list[Any] | None) -> None:
         self.caches = None if caches is None else _detached(caches)
-        held = _arrays(self.caches)
+        held = arrays(self.caches)
         mx.eval(held)
         self.nbytes = sum(array.nbytes for array in held)
 
     def finite(self) -> bool:
         """Whether every value is a finite number."""
-        return all_finite(_arrays(self.caches))
+        return all_finite(arrays(self.caches))
 
     def split(self, at: int) -> tuple[Snapshot, Snapshot]:
         """Return nothing for the first `at` tokens: a state is whole or useless."""
@@ -57,7 +58,7 @@ class Solo:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows' caches."""
-        return sum(array.nbytes for array in _arrays(self._caches))
+        return sum(array.nbytes for array in arrays(self._caches))
 
     @property
     def num_cohorts(self) -> int:
@@ -81,6 +82,7 @@ class Solo:
 
     def forward(self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], counts: Sequence[int]) -> mx.array:
         """Run each row's tokens; return the logits after its last, [B, V]. Rows without tokens give zeros."""
+        self.evaluate()  # what no logits depend on yet would keep the graph of all steps alive
         logits = [
             model(mx.array(line[:count])[None], cache=caches)[:, -1] if count else None
             for line, count, caches in zip(tokens, counts, self._caches, strict=True)
@@ -91,7 +93,7 @@ class Solo:
 
     def evaluate(self) -> None:
         """Compute the caches and nothing else."""
-        mx.eval(_arrays(self._caches))
+        mx.eval(arrays(self._caches))
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Do nothing: there was no padding."""
@@ -133,18 +135,30 @@ class Solo:
         return caches
 
 
-def _arrays(held: Any) -> list[mx.array]:
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the caches that lists of caches consist of."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
+
+
+def arrays(held: Any) -> list[mx.array]:
     """Return every array in caches of any kind, as allocated, free columns included."""
     if isinstance(held, mx.array):
         return [held]
     if isinstance(held, list | tuple):
-        return [array for part in held for array in _arrays(part)]
-    return _arrays(list(vars(held).values())) if hasattr(held, "__dict__") else []
+        return [array for part in held for array in arrays(part)]
+    return arrays(list(vars(held).values())) if hasattr(held, "__dict__") else []
 
 
 def _detached(caches: list[Any]) -> list[Any]:
     """Copy caches with all their arrays: many are slices, each of which would keep a larger buffer alive."""
-    copies = {id(array): _gathered(array) for array in _arrays(caches)}
+    copies = {id(array): _gathered(array) for array in arrays(caches)}
+    for cache in leaves(caches):
+        if type(cache) is KVCache:  # it has room for up to 255 more tokens
+            copies |= {id(x): detached(x, 0, cache.offset) for x in (cache.keys, cache.values) if x is not None}
     return copy.deepcopy(caches, copies)
 
 
