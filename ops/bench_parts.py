@@ -277,7 +277,7 @@ def _engine(size: Size) -> Engine:
 
     loaded = LoadedModel(
         model=_model(size), tokenizer=TokenizerWrapper(_tokenizer(1000)), name="random", digest="", dtype="float32",
-        num_layers=size.layers, kv_bytes_per_token=size.layers * size.kv_heads * size.head_dim * 8,
+        num_layers=size.layers, kv_bytes_per_token=size.layers * size.kv_heads * size.head_dim * 8, state_bytes=0,
         context_length=32_768, vocab_size=1000, cache_kind="plain", eos_token_ids=frozenset(), notes=(),
     )  # fmt: skip
     attention.install(loaded.model)

@@ -42,7 +42,7 @@ class Watched:
         """Run the model."""
         out: mx.array = self.model(inputs, cache=cache)
         self.calls.append((inputs.shape[0], inputs.shape[1]))
-        if self.engine is not None and getattr(cache[0], "_batch", None) is self.engine._batch:
+        if self.engine is not None and getattr(cache[0], "_batch", None) is self.engine._running.batch:
             last = np.array(out[:, -1].astype(mx.float32))
             for job_id, row in zip(self.engine.running, last, strict=True):
                 self.logits[job_id].append(row)
@@ -103,6 +103,7 @@ def bench(
         dtype="float32",
         num_layers=len(made[0].layers),
         kv_bytes_per_token=per_token,
+        state_bytes=0,
         context_length=4096,
         vocab_size=args.vocab_size,
         cache_kind="plain",

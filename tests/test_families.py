@@ -37,6 +37,7 @@ def family_bench(name: str, *, chunk_tokens: int) -> Bench:
         dtype="float32",
         num_layers=len(make_prompt_cache(model)),
         kv_bytes_per_token=1024,
+        state_bytes=0,
         context_length=4096,
         vocab_size=300,
         cache_kind="",

@@ -71,9 +71,14 @@ class PrefixCache:
 
     def detach(self, row: Row) -> None:
         """Release what a row reads."""
+        self.unpin(row)
+        row.prefix_tokens = 0
+
+    def unpin(self, row: Row) -> None:
+        """Let eviction have what a row began with; it has a copy."""
         if row.node is not None:
             self.tree.release(row.node)
-        row.node, row.prefix_tokens = None, 0
+        row.node = None
 
     def keep(self, row: Row, batch: Any, index: int, end: int) -> Node[Any] | None:
         """Put what a row has computed up to depth `end` into the tree, as far as it is not there.
@@ -85,17 +90,16 @@ class PrefixCache:
         at = self.tree.match(tokens)
         if self.reuse == "none":
             return None
-        if at.length == end and self.reuse != "snapshot":
+        if at.length == end and (self.reuse != "snapshot" or (at.node.end == end and at.node.nbytes)):
             return at.node
         own = batch.tail(index, at.length - row.prefix_tokens, end - row.prefix_tokens)
         if not own.finite():
             return None
         return self.tree.insert(at, tokens[at.length :], own) if at.length < end else self.tree.fill(at, own)
 
-    def make_room(self, tokens: int, rows: Iterable[Row]) -> bool:
-        """Evict until `tokens` more fit beside the tree and the worst case of `rows`; return whether they do."""
-        tails = sum(self.worst_tail(row, row.prefix_tokens) for row in rows)
-        over = self.tree.nbytes + (tails + tokens) * self._loaded.kv_bytes_per_token - self._limits.kv_bytes
+    def make_room(self, nbytes: int, rows: Iterable[Row]) -> bool:
+        """Evict until `nbytes` more fit beside the tree and the worst case of `rows`; return whether they do."""
+        over = self.tree.nbytes + nbytes + sum(self.need(row, None) for row in rows) - self._limits.kv_bytes
         nodes_over = self.tree.num_nodes + 1 - self._limits.arrays // (2 * self._loaded.num_layers)
         if over > 0 or nodes_over > 0:
             over -= self.evict(over, nodes_over).nbytes
@@ -107,13 +111,21 @@ class PrefixCache:
         self.evicted = Evicted(self.evicted.nodes + gone.nodes, self.evicted.nbytes + gone.nbytes)
         return gone
 
-    def worst_tail(self, row: Row, prefix_tokens: int) -> int:
-        """Return how many tokens of its own a row can come to hold."""
-        return row.longest - (prefix_tokens if self.reuse == "shared" else 0)
+    def need(self, row: Row, segment_end: int | None) -> int:
+        """Return the bytes that a row can come to hold of its own, or that computing a segment for it takes."""
+        shared = row.prefix_tokens if self.reuse == "shared" else 0
+        if segment_end is None:
+            return self._bytes(row.longest - shared)
+        kept = segment_end if self.reuse == "snapshot" else segment_end - row.prefix_tokens
+        copied = 0 if self.reuse == "shared" else self._bytes(segment_end)
+        return copied + self._bytes(kept)
+
+    def _bytes(self, tokens: int) -> int:
+        return tokens * self._loaded.kv_bytes_per_token + self._loaded.state_bytes
 
     def too_large(self, row: Row) -> ContextLengthExceeded:
         """Return the error of a job that could not run even alone."""
-        need, budget = row.longest * self._loaded.kv_bytes_per_token / 1e9, self._limits.kv_bytes / 1e9
+        need, budget = self._bytes(row.longest) / 1e9, self._limits.kv_bytes / 1e9
         return ContextLengthExceeded(
             f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
             f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"

@@ -297,7 +297,7 @@ class LayerCache:
         plan = self._batch.plan
         if not plan.segments:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        if sinks is not None:
-            raise NotImplementedError("attention sinks over a shared prefix")
+        if sinks is not None or (mask is not None and mask.dtype != mx.bool_):
+            raise NotImplementedError("attention sinks, or scores in the mask, over a shared prefix")
         form = packed if self._batch.exact else merged
         return form(queries, keys, values, plan, self._layer, mask=mask, scale=scale)

@@ -58,6 +58,7 @@ class LoadedModel:
     dtype: str  # of the KV, for example "float32"
     num_layers: int  # that keep something: more than there are where a model runs through them several times
     kv_bytes_per_token: int  # one row, all layers, keys and values
+    state_bytes: int  # what a row's cache takes besides, however long it is
     context_length: int
     vocab_size: int  # width of the logits, which may exceed the tokenizer's
     cache_kind: str  # "plain", or the classes of the model's caches
@@ -268,12 +269,18 @@ def _run_one_token(model: Module, path: Path) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("mlx.core."),
         # [B, H, T, D]; T is what the cache allocated, more than the one token in it
         "kv_bytes_per_token": sum(part.nbytes // part.shape[2] for pair in keys_and_values for part in pair),
+        "state_bytes": sum(x.nbytes for leaf in _leaves(cache) for x in _arrays(getattr(leaf, "cache", None))),
         "vocab_size": logits.shape[-1],
         "cache_kind": "plain" if kinds == ["KVCache"] else ", ".join(kinds),
     }
     del cache, logits, keys_and_values
     mx.clear_cache()
     return measured
+
+
+def _arrays(held: Any) -> list[mx.array]:
+    """Return the arrays of a state that does not grow (mlx-lm's ArraysCache keeps a list of them)."""
+    return [x for x in held or () if isinstance(x, mx.array)]
 
 
 def _leaves(cache: Any) -> Iterator[Any]:
