@@ -26,7 +26,7 @@ from worker.sequence import Finished, Prompt
 ROOT, BRANCH = WINDOW + 9, WINDOW  # tokens: a prefix is longer than a window, and so is what follows it
 
 
-def family_bench(name: str, *, chunk_tokens: int) -> Bench:
+def family_bench(name: str, *, chunk_tokens: int, kv_bytes: int = 1 << 30) -> Bench:
     """Build the engine that a worker would run the family with, and a twin of the model."""
     model = build(name)
     loaded = LoadedModel(
@@ -46,9 +46,7 @@ def family_bench(name: str, *, chunk_tokens: int) -> Bench:
     )
     way = probe.reuse(model, loaded.context_length)
     assert way == FAMILIES[name].way
-    limits = Limits(max_rows=2, chunk_tokens=chunk_tokens, kv_bytes=1 << 30)
-    if way == "none":  # the others' results do not depend on how a prompt is cut
-        limits = Limits(max_rows=1, chunk_tokens=2048, kv_bytes=1 << 30)
+    limits = Limits(max_rows=2, chunk_tokens=chunk_tokens, kv_bytes=kv_bytes)
     return Bench(Engine(loaded, limits, exact=False, reuse=way), Watched(model), build(name))
 
 
@@ -95,6 +93,19 @@ def test_a_family_gives_mlx_lms_tokens_and_reuses_what_the_table_says(name: str)
         assert sorted(cached) == [0, ROOT, shared, len(prompts["turn"].tokens) - 6], (
             "of the first, the next branch, ..."
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "jamba", "qwen3_5", "gemma3_text"])
+def test_under_pressure_every_way_of_reuse_waits_and_all_jobs_finish_unchanged(name: str) -> None:
+    rng = np.random.default_rng(3)
+    prompts = tree(rng, jobs=8)
+    longest = max(len(job.tokens) + job.max_tokens for job in prompts.values())
+    bench = family_bench(name, chunk_tokens=16, kv_bytes=int(2.5 * longest * 1024))
+    finished = bench.run(prompts)
+    assert len(finished) == 8, bench.ended
+    for job_id, job in prompts.items():
+        tokens, logprobs = alone(bench.alone, job.tokens, job.max_tokens)
+        first_difference_is_a_tie(job_id, list(finished[job_id].tokens), tokens, logprobs)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
+_ITEM = 4  # bytes of a token
 
 
 class Payload(Protocol):
@@ -43,29 +44,33 @@ class Node(Generic[P]):
 
     Attributes:
         start, end: the depths (tokens from the root) between which its own tokens lie.
+        raw: these tokens as int32 in memory: equal segments are found with one comparison of bytes.
+        nbytes: bytes of the payload.
         pins: how many locked handles lie in its subtree; above zero it cannot be evicted.
     """
 
-    __slots__ = ("children", "last_used", "parent", "payload", "pins", "start", "tokens")
+    __slots__ = ("children", "end", "last_used", "nbytes", "parent", "payload", "pins", "raw", "start")
 
-    def __init__(self, tokens: Tokens, start: int, parent: Node[P] | None, payload: P | None) -> None:
-        self.tokens = tokens
+    def __init__(self, raw: bytes, start: int, parent: Node[P] | None, payload: P | None) -> None:
+        self.raw = raw
         self.start = start
+        self.end = start + len(raw) // _ITEM
         self.parent = parent
         self.payload = payload
+        self.nbytes = 0 if payload is None else payload.nbytes
         self.children: dict[int, Node[P]] = {}
         self.pins = 0
         self.last_used = 0
 
     @property
-    def end(self) -> int:
-        """Depth at which the node's own tokens end."""
-        return self.start + len(self.tokens)
+    def tokens(self) -> Tokens:
+        """The node's own tokens, a view that cannot be written."""
+        return np.frombuffer(self.raw, np.int32)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the payload."""
-        return self.payload.nbytes if self.payload is not None else 0
+    def first(self) -> int:
+        """The first of its tokens: its key among the parent's children."""
+        return memoryview(self.raw).cast("i")[0]
 
     def path(self) -> list[Node[P]]:
         """Return the nodes from the root's child down to this one."""
@@ -101,7 +106,7 @@ class RadixTree(Generic[P]):
     """
 
     def __init__(self) -> None:
-        self.root: Node[P] = Node(np.empty(0, np.int32), 0, None, None)
+        self.root: Node[P] = Node(b"", 0, None, None)
         self.nbytes = 0
         self.num_nodes = 0
         self.num_tokens = 0
@@ -112,33 +117,37 @@ class RadixTree(Generic[P]):
     def match(self, tokens: Tokens) -> Match[P]:
         """Find the longest prefix of `tokens` in the tree. Changes nothing, not even recency."""
         node, length = self.root, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
+        raw, ids = tokens.tobytes(), tokens.data
+        while length < len(ids):
+            child = node.children.get(ids[length])
             if child is None:
                 break
-            common = common_prefix(child.tokens, tokens[length:])
-            node, length = child, length + common
-            if common < len(child.tokens):
-                break
+            if not raw.startswith(child.raw, length * _ITEM):
+                return Match(child, length + common_prefix(child.tokens, tokens[length:]))
+            node, length = child, child.end
         return Match(node, length)
 
     def lock(self, node: Node[P]) -> None:
         """Pin `node` and all above it, and mark them as used now. Undo with `release(node)`."""
         self._clock += 1
-        for step in _upward(node):
+        step: Node[P] | None = node
+        while step is not None:
             if step.pins == 0:
                 self.pinned_bytes += step.nbytes
             step.pins += 1
             step.last_used = self._clock
+            step = step.parent
 
     def release(self, node: Node[P]) -> None:
         """Undo one `lock(node)`. What becomes unpinned stays in the tree until it is evicted."""
-        for step in _upward(node):
+        step: Node[P] | None = node
+        while step is not None:
             if step.pins <= 0:
                 raise RuntimeError(f"release of a node that is not locked (tokens {step.start} to {step.end})")
             step.pins -= 1
             if step.pins == 0:
                 self.pinned_bytes -= step.nbytes
+            step = step.parent
 
     def insert(self, at: Match[P], tokens: Tokens, payload: P) -> Node[P]:
         """Add the segment `tokens` below `at`, a fresh match; the tree owns the payload from now on.
@@ -152,13 +161,12 @@ class RadixTree(Generic[P]):
         if not len(tokens):
             raise ValueError("an empty segment cannot be inserted")
         parent = at.node if at.length == at.node.end else self._split(at.node, at.length)
-        first = int(tokens[0])
-        if first in parent.children:
-            raise ValueError(f"depth {at.length} already has a branch with token {first}; match again before inserting")
-        node = Node(np.array(tokens, np.int32), at.length, parent, payload)
+        node = Node(tokens.astype(np.int32, copy=False).tobytes(), at.length, parent, payload)
+        if node.first in parent.children:
+            raise ValueError(f"depth {at.length} already has a branch with token {node.first}; match again first")
         self._clock += 1
         node.last_used = self._clock
-        parent.children[first] = node
+        parent.children[node.first] = node
         self._count(node, +1)
         return node
 
@@ -167,7 +175,7 @@ class RadixTree(Generic[P]):
         node = at.node if at.length == at.node.end else self._split(at.node, at.length)
         if node.nbytes == 0:
             self._count(node, -1)
-            node.payload = payload
+            node.payload, node.nbytes = payload, payload.nbytes
             self._count(node, +1)
         return node
 
@@ -183,7 +191,7 @@ class RadixTree(Generic[P]):
             _, _, node = heapq.heappop(leaves)
             parent = node.parent
             assert parent is not None
-            del parent.children[int(node.tokens[0])]
+            del parent.children[node.first]
             self._count(node, -1)
             freed, count = freed + node.nbytes, count + 1
             node.payload = None
@@ -208,7 +216,7 @@ class RadixTree(Generic[P]):
         nbytes = num_nodes = num_tokens = pinned = 0
         for node in self.nodes():
             _check_links(node)
-            nbytes, num_nodes, num_tokens = nbytes + node.nbytes, num_nodes + 1, num_tokens + len(node.tokens)
+            nbytes, num_nodes, num_tokens = nbytes + node.nbytes, num_nodes + 1, num_tokens + node.end - node.start
             pinned += node.nbytes if node.pins else 0
         counted = (self.nbytes, self.num_nodes, self.num_tokens, self.pinned_bytes)
         if counted != (nbytes, num_nodes, num_tokens, pinned):
@@ -221,15 +229,16 @@ class RadixTree(Generic[P]):
         """Cut `node` at `depth`, strictly inside it; return the new upper node."""
         assert node.parent is not None
         assert node.payload is not None
-        cut = depth - node.start
+        cut = (depth - node.start) * _ITEM
         self._count(node, -1)
         self.num_splits += 1
-        upper: Node[P] = Node(node.tokens[:cut].copy(), node.start, node.parent, None)
-        upper.payload, node.payload = node.payload.split(cut)
+        above, below = node.payload.split(depth - node.start)
+        upper = Node(node.raw[:cut], node.start, node.parent, above)
         upper.pins, upper.last_used = node.pins, node.last_used
-        node.parent.children[int(upper.tokens[0])] = upper
-        node.tokens, node.start, node.parent = node.tokens[cut:].copy(), depth, upper
-        upper.children[int(node.tokens[0])] = node
+        node.parent.children[upper.first] = upper
+        node.raw, node.start, node.parent = node.raw[cut:], depth, upper
+        node.payload, node.nbytes = below, below.nbytes
+        upper.children[node.first] = node
         self._count(upper, +1)
         self._count(node, +1)
         return upper
@@ -237,7 +246,7 @@ class RadixTree(Generic[P]):
     def _count(self, node: Node[P], sign: int) -> None:
         self.nbytes += sign * node.nbytes
         self.num_nodes += sign
-        self.num_tokens += sign * len(node.tokens)
+        self.num_tokens += sign * (node.end - node.start)
         self.pinned_bytes += sign * node.nbytes if node.pins else 0
 
 
@@ -249,21 +258,14 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
     return first if n and differs[first] else n
 
 
-def _upward(node: Node[P]) -> Iterator[Node[P]]:
-    step: Node[P] | None = node
-    while step is not None:
-        yield step
-        step = step.parent
-
-
 def _check_links(node: Node[P]) -> None:
     parent = node.parent
     where = f"node at tokens {node.start} to {node.end}"
-    if parent is None or parent.children.get(int(node.tokens[0])) is not node:
+    if parent is None or parent.children.get(node.first) is not node:
         raise RuntimeError(f"{where} is an orphan")
-    if not len(node.tokens) or node.start != parent.end:
+    if node.end <= node.start or node.start != parent.end or node.end - node.start != len(node.raw) // _ITEM:
         raise RuntimeError(f"{where} does not continue its parent, which ends at {parent.end}")
-    if node.payload is None:
-        raise RuntimeError(f"{where} has no payload")
+    if node.payload is None or node.nbytes != node.payload.nbytes:
+        raise RuntimeError(f"{where} counts {node.nbytes} bytes, not those of its payload")
     if not node.pins >= sum(child.pins for child in node.children.values()):
         raise RuntimeError(f"{where} has {node.pins} pins, fewer than its children")
