@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ CONTESTANTS = (
 )  # fmt: skip
 PARTS = ("attention", "step", "join", "tree", "slice", "latency")
 QUEUE_MODEL = Shape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, inter=128, vocab=400)
+ANSWER_S, GRACE_S = 900, 10  # a contestant may hang: mlx_lm.server did, on few-shot
 _ONE_THREAD = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _SETTINGS = ("RADIXQ_", "RQ_", "MLX_")
 
@@ -64,6 +66,9 @@ class Child:
     def answer(self) -> dict[str, Any]:
         """Return the next answer."""
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+            self._process.kill()
+            raise RuntimeError(f"{self.name} gave no answer in {ANSWER_S} s:\n{self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{self._last_words()}")
@@ -81,7 +86,11 @@ class Child:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
-        self._process.wait()
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._log.close()
 
     def _last_words(self) -> str:
