@@ -81,6 +81,42 @@ def test_jobs_that_do_not_know_of_each_other_share_what_a_running_row_holds() ->
         assert run.tokens(job_id) == alone(run.alone, job.tokens, 30)[0]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_lone_row_gives_to_the_tree_is_not_written_over_by_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first = prompt(rng.integers(0, 290, 14).tolist(), 40)
+    run = bench(chunk_tokens=16)
+    run.engine.add("a", first)
+    while len(run.watched.logits["a"]) < 4:
+        run.engine.step()
+    held = [*first.tokens.tolist(), *run.tokens("a")[:3]]
+    longer = {name: prompt([*held, *rng.integers(0, 290, 200).tolist()], 6) for name in "bc"}
+    run.run({"b": longer["b"]})
+    run.run({"c": longer["c"]})
+    for name, job in {"a": first, **longer}.items():
+        event = run.ended[name]
+        assert isinstance(event, Finished)
+        assert list(event.tokens) == alone(run.alone, job.tokens, job.max_tokens)[0], name
+
+
+def test_one_long_tail_does_not_widen_the_buffers_of_all_rows() -> None:
+    run = bench(max_rows=32, chunk_tokens=512)
+    for i in range(24):
+        run.engine.add(f"short {i}", prompt([i, *range(2, 8)], 60))
+    while len(run.engine.running) < 24:
+        run.engine.step()
+    run.engine.add("long", prompt([280, *(i % 250 for i in range(3000))], 60))
+    per_token = run.engine._loaded.kv_bytes_per_token
+    peak = 0
+    while run.engine.busy:
+        for event in run.engine.step():
+            assert isinstance(event, Finished)
+            run.ended[event.id] = event
+        peak = max(peak, run.engine.stats().cache_bytes)
+    assert len(run.ended) == 25
+    assert peak < 2.5 * per_token * (24 * 67 + 3061)
+
+
 def test_a_follow_up_turn_hits_all_but_the_last_generated_token() -> None:
     run = bench()
     turn = prompt(range(40), 10)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import base
 
 PRODUCT_TOKENS = 128
@@ -66,8 +67,11 @@ class Plan:
         ]
         self.large = [s for s in self.segments if s.num_tokens >= PRODUCT_TOKENS]
         self.small = [s for s in self.segments if s.num_tokens < PRODUCT_TOKENS]
-        sees = [[[[row in s.rows for s in self.small for _ in range(s.num_tokens)]]] for row in range(num_rows)]
-        self.sees = mx.array(sees, mx.bool_) if self.small else None
+        reads = np.zeros((num_rows, len(self.small)), bool)
+        for i, segment in enumerate(self.small):
+            reads[list(segment.rows), i] = True
+        sees = np.repeat(reads, [s.num_tokens for s in self.small], axis=1)[:, None, None]
+        self.sees = mx.array(sees) if self.small else None
 
 
 class Partial(NamedTuple):

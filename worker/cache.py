@@ -80,19 +80,21 @@ class PrefixCache:
             self.tree.release(row.node)
         row.node = None
 
-    def keep(self, row: Row, batch: Any, index: int, end: int) -> Node[Any] | None:
+    def keep(self, row: Row, batch: Any, index: int, end: int, *, last_use: bool = False) -> Node[Any] | None:
         """Put what a row has computed up to depth `end` into the tree, as far as it is not there.
+
+        `last_use` promises that the batch is dropped now.
 
         Returns the node in which `end` lies, or None where nothing can be kept: the values are not all finite, or the
         model's state cannot be reused.
         """
-        tokens = row.tokens(end)
-        at = self.tree.match(tokens)
         if self.reuse == "none":
             return None
+        tokens = row.tokens(end)
+        at = self.tree.match(tokens)
         if at.length == end and (self.reuse != "snapshot" or (at.node.end == end and at.node.nbytes)):
             return at.node
-        own = batch.tail(index, at.length - row.prefix_tokens, end - row.prefix_tokens)
+        own = batch.tail(index, at.length - row.prefix_tokens, end - row.prefix_tokens, last_use=last_use)
         if not own.finite():
             return None
         return self.tree.insert(at, tokens[at.length :], own) if at.length < end else self.tree.fill(at, own)
@@ -101,9 +103,12 @@ class PrefixCache:
         """Evict until `nbytes` more fit beside the tree and the worst case of `rows`; return whether they do."""
         over = self.tree.nbytes + nbytes + sum(self.need(row, None) for row in rows) - self._limits.kv_bytes
         nodes_over = self.tree.num_nodes + 1 - self._limits.arrays // (2 * self._loaded.num_layers)
+        if over > self.tree.nbytes - self.tree.pinned_bytes:
+            return False  # and nothing is evicted in vain
         if over > 0 or nodes_over > 0:
-            over -= self.evict(over, nodes_over).nbytes
-        return over <= 0
+            gone = self.evict(over, nodes_over)
+            over, nodes_over = over - gone.nbytes, nodes_over - gone.nodes
+        return over <= 0 and nodes_over <= 0
 
     def evict(self, nbytes: int, nodes: int = 0) -> Evicted:
         """Evict so much and so many, or all that is not in use."""

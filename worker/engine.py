@@ -140,15 +140,19 @@ class Engine:
         """Run the next chunk, if there is one."""
         events: list[Event] = []
         if self._fill is None:
-            self._fill, hopeless = self._intake.next_fill(self._running)
-            events += [Failed(row.id, error) for row, error in hopeless]
-            if self._fill and self._fill.segment:
-                (row,) = self._fill.rows
-                others = sum(1 for _ in self._intake.waiting_for(row, row.prefix_tokens + self._fill.width)) - 1
-                self._count(herd_waits=others)
+            events += self._guarded(self._take_in, None)
         if self._fill:
             events += self._guarded(self._run_fill, self._fill.rows)
         return events
+
+    def _take_in(self) -> list[Event]:
+        """Choose what to prefill next; return the failures of jobs that can never run."""
+        self._fill, hopeless = self._intake.next_fill(self._running)
+        if self._fill and self._fill.segment:
+            (row,) = self._fill.rows
+            others = sum(1 for _ in self._intake.waiting_for(row, row.prefix_tokens + self._fill.width)) - 1
+            self._count(herd_waits=others)
+        return [Failed(row.id, error) for row, error in hopeless]
 
     def _run_fill(self) -> list[Event]:
         """Run one chunk; when it was the last, put the result where it belongs."""
@@ -178,7 +182,7 @@ class Engine:
 
     def _insert_segment(self, fill: Fill) -> None:
         (row,) = fill.rows
-        if self.cache.keep(row, fill.batch, 0, row.prefix_tokens + fill.width) is None:
+        if self.cache.keep(row, fill.batch, 0, row.prefix_tokens + fill.width, last_use=True) is None:
             raise InternalError(f"the KV of tokens {row.prefix_tokens} and on is not finite")
         self.cache.detach(row)
 
@@ -187,6 +191,7 @@ class Engine:
         self._running.join(fill.rows, fill.batch)
         for index in reversed(range(len(self._running))):
             if self._running.rows[index].aborted:
+                self._running.batch.wipe(index)
                 self._running.leave(index)
         self._count(batch_rows_max=max(0, len(self._running) - self._stats.batch_rows_max))
 
@@ -228,8 +233,14 @@ class Engine:
         """Keep a complete row's own KV in the tree, as far as memory allows, and let it go."""
         row, batch = self._running.rows[index], self._running.batch
         finished = row.finished()
-        if self.cache.make_room(0, (*self._running.rows, *self._filling)):
-            self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index])
+
+        def keep() -> list[Event]:
+            if self.cache.make_room(0, (*self._running.rows, *self._filling)):
+                self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index])
+            return []
+
+        self._guarded(keep, [])  # an answer that is complete does not fail for want of memory to cache it
+        self._intake.forgive(row.prompt.tokens)
         self._running.leave(index)
         usage = finished.usage
         self._count(
@@ -242,12 +253,13 @@ class Engine:
 
     # When something fails
 
-    def _guarded(self, work: Callable[[], list[Event]], rows: list[Row]) -> list[Event]:
-        """Run a part of a step; whatever the model throws ends here."""
-        failing = list(rows)
+    def _guarded(self, work: Callable[[], list[Event]], rows: list[Row] | None) -> list[Event]:
+        """Run a part of a step; whatever the model throws ends here. The rows in it are those given, or `forming`."""
+        failing = None if rows is None else list(rows)
         try:
             return work()
         except Exception as error:
+            failing = list(self._intake.forming) if failing is None else failing
             log.exception("a step failed", extra={"rows": len(failing)})
             return self._failed(failing, _translated(error))
 
@@ -277,9 +289,11 @@ class Engine:
             if row in self._intake.waiting:
                 self._intake.waiting.remove(row)
             self.cache.detach(row)
+            if row.aborted:
+                continue
             if row.retry:
                 events.append(Failed(row.id, error))
-            elif not row.aborted:
+            else:
                 self._intake.retries.append(self._new_row(row.id, row.prompt, retry=True))
         return events
 

@@ -52,6 +52,7 @@ class Intake:
     Attributes:
         waiting: jobs in order; the one whose segment is computed stays at the head.
         retries: jobs that failed together with others; each runs alone.
+        forming: the jobs that the last call of `next_fill` was busy with.
         blocked: the next job does not fit into memory until a running one ends.
     """
 
@@ -59,6 +60,7 @@ class Intake:
         self.waiting: deque[Row] = deque()
         self.retries: deque[Row] = deque()
         self.blocked = False
+        self.forming: list[Row] = []
         self._cache, self._max_rows = cache, max_rows
         self._poisoned: deque[Tokens] = deque(maxlen=MAX_POISONED)
 
@@ -66,10 +68,14 @@ class Intake:
         return len(self.waiting) + len(self.retries)
 
     def next_fill(self, running: Running) -> tuple[Fill | None, list[tuple[Row, RadixqError]]]:
-        """Take the next segment, or the next rows whose shared part is complete; and jobs that can never run."""
+        """Take the next segment, or the next rows whose shared part is complete; and jobs that can never run.
+
+        If it raises, `forming` has the rows that were taken, or looked at, when it did.
+        """
+        self.forming = []
         if any(row.retry for row in running.rows):
             return None, []
-        return (self._next_retry(running), []) if self.retries else self._next_waiting(running)
+        return self._next_retry(running) if self.retries else self._next_waiting(running)
 
     def waiting_for(self, row: Row, end: int) -> Iterator[Row]:
         """Yield the waiting jobs that share a job's prompt up to depth `end`, itself among them."""
@@ -80,15 +86,25 @@ class Intake:
         """Remember a prefix that failed: who needs it runs alone."""
         self._poisoned.append(prefix)
 
+    def forgive(self, tokens: Tokens) -> None:
+        """Forget what failed of a prompt that has been computed since."""
+        kept = [bad for bad in self._poisoned if common_prefix(bad, tokens) < len(bad)]
+        self._poisoned = deque(kept, maxlen=MAX_POISONED)
+
     def _next_waiting(self, running: Running) -> tuple[Fill | None, list[tuple[Row, RadixqError]]]:
         rows: list[Row] = []
         hopeless: list[tuple[Row, RadixqError]] = []
         self.blocked = False
         while self.waiting and len(running) + len(rows) < self._max_rows:
             row = self.waiting[0]
-            if row.aborted or self._must_run_alone(row):
+            if row.aborted:
                 self.waiting.popleft()
                 continue
+            if self._through_poison(row):
+                row.retry = True
+                self.retries.append(self.waiting.popleft())
+                break
+            self.forming = [*rows, row]
             found = self._cache.find(row)
             if self._cache.reuse == "shared" and running.share_with(row, found.length, MIN_SHARED_TOKENS):
                 found = self._cache.find(row)
@@ -110,34 +126,32 @@ class Intake:
             rows.append(self.waiting.popleft())
         return self._tails(rows), hopeless
 
-    def _next_retry(self, running: Running) -> Fill | None:
+    def _next_retry(self, running: Running) -> tuple[Fill | None, list[tuple[Row, RadixqError]]]:
         """Take one job that failed, once nothing else runs."""
         if running.rows:
-            return None
+            return None, []
         row = self.retries.popleft()
         if row.aborted:
-            return None
+            return None, []
+        self.forming = [row]
         found = self._cache.find(row)
         self._cache.attach(row, found.node, found.length)
-        self._cache.make_room(self._cache.need(row, None), ())
-        return self._tails([row])
+        if not self._cache.make_room(self._cache.need(row, None), ()) and not self._from_nothing(row):
+            return None, [(row, self._cache.too_large(row))]
+        return self._tails([row]), []
 
-    def _must_run_alone(self, row: Row) -> bool:
-        """Move a job to the retries if its prompt goes through a prefix that failed and is not there by now."""
+    def _through_poison(self, row: Row) -> bool:
+        """Whether a prompt goes through a prefix that failed and that nobody has computed since."""
         tokens = row.prompt.tokens
-        bad = [prefix for prefix in self._poisoned if common_prefix(prefix, tokens) == len(prefix)]
-        if not bad or self._cache.find(row).length >= max(map(len, bad)):
-            return False
-        row.retry = True
-        self.retries.append(row)
-        return True
+        return any(common_prefix(bad, tokens) == len(bad) for bad in self._poisoned)
 
     def _shared_end(self, row: Row, start: int) -> int | None:
         """Return where the next segment from `start` ends that another known job needs too; None if none does."""
         if self._cache.reuse == "none":
             return None
         last = len(row.cacheable)
-        others = (common_prefix(row.prompt.tokens, other.prompt.tokens) for other in self.waiting if other is not row)
+        waiting = (other for other in self.waiting if other is not row and not other.aborted)
+        others = (common_prefix(row.prompt.tokens, other.prompt.tokens) for other in waiting)
         ends = [min(end, last) for end in (*row.prompt.branches, *others)]
         return min((end for end in ends if end - start >= MIN_SHARED_TOKENS), default=None)
 

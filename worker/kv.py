@@ -174,10 +174,13 @@ class Batch:
         if not self.lengths:
             self._tails = [None] * len(self._tails)
 
-    def tail(self, row: int, start: int, stop: int) -> KV:
-        """Return tokens [start, stop) of one row's tail: copied, unless the buffers hold just that."""
+    def tail(self, row: int, start: int, stop: int, *, last_use: bool = False) -> KV:
+        """Copy tokens [start, stop) of one row's tail out.
+
+        `last_use` promises that the batch is dropped now: buffers that hold just these tokens are given away.
+        """
         first = self._tails[0]
-        if first and first[0].shape[0] == 1 and (start, stop) == (0, first[0].shape[2]):
+        if last_use and first and first[0].shape[0] == 1 and (start, stop) == (0, first[0].shape[2]):
             return KV([t for t in self._tails if t])
         return KV([tuple(detached(x[row : row + 1], start, stop) for x in t) for t in filter(None, self._tails)])  # type: ignore[misc]
 

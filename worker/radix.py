@@ -230,9 +230,9 @@ class RadixTree(Generic[P]):
         assert node.parent is not None
         assert node.payload is not None
         cut = (depth - node.start) * _ITEM
+        above, below = node.payload.split(depth - node.start)  # first: it copies, and may lack the memory
         self._count(node, -1)
         self.num_splits += 1
-        above, below = node.payload.split(depth - node.start)
         upper = Node(node.raw[:cut], node.start, node.parent, above)
         upper.pins, upper.last_used = node.pins, node.last_used
         node.parent.children[upper.first] = upper

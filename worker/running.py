@@ -10,6 +10,7 @@ from typing import Any
 from worker.cache import PrefixCache
 from worker.radix import common_prefix
 from worker.row import Row
+from worker.sequence import Tokens
 
 UNEVEN_TOKENS = 256
 """A tail this long may be moved into the tree, to keep the batch's buffers small."""
@@ -32,6 +33,8 @@ class Running:
 
     def join(self, rows: list[Row], batch: Any) -> None:
         """Take over the rows of another batch."""
+        if self._cache.reuse == "shared":
+            self._even_out([(self.rows, self.batch), (rows, batch)])
         self.batch.join(batch)
         self.rows += rows
 
@@ -49,30 +52,45 @@ class Running:
         """
         best, shared = -1, found_tokens + least_tokens - 1
         for index, other in enumerate(self.rows):
+            if not _alike(other.prompt.tokens, row.prompt.tokens, found_tokens, least_tokens):
+                continue
             held = other.tokens(other.prefix_tokens + self.batch.lengths[index])
             if (common := common_prefix(held, row.cacheable)) > shared:
                 best, shared = index, common
-        return best >= 0 and self._share(best, shared)
+        return best >= 0 and self._share(self.rows[best], self.batch, best, shared)
 
     def even_out(self) -> None:
         """Move the longest tails into the tree while the buffers, as wide as the longest, exceed what was reserved."""
-        while self.rows:
-            widest = max(self.batch.lengths)
-            reserved = sum(row.longest - row.prefix_tokens for row in self.rows)
-            if widest < UNEVEN_TOKENS or len(self.rows) * widest <= reserved:
+        self._even_out([(self.rows, self.batch)])
+
+    def _even_out(self, groups: list[tuple[list[Row], Any]]) -> None:
+        """Do so for rows that are, or will be, in one buffer."""
+        rows = [row for members, _ in groups for row in members]
+        while rows:
+            reserved = sum(row.longest - row.prefix_tokens for row in rows)
+            widest, group, index = max(
+                (length, group, index)
+                for group, (_, batch) in enumerate(groups)
+                for index, length in enumerate(batch.lengths)
+            )
+            if widest < UNEVEN_TOKENS or len(rows) * widest <= reserved:
                 return
-            index = self.batch.lengths.index(widest)
-            if not self._share(index, self.rows[index].prefix_tokens + widest):
+            members, batch = groups[group]
+            if not self._share(members[index], batch, index, members[index].prefix_tokens + widest):
                 return
 
-    def _share(self, index: int, end: int) -> bool:
+    def _share(self, row: Row, batch: Any, index: int, end: int) -> bool:
         """Move a row's KV up to depth `end` from its tail into the tree; not if it is not finite: it will fail."""
-        row = self.rows[index]
         moved = end - row.prefix_tokens
-        node = self._cache.keep(row, self.batch, index, end)
+        node = self._cache.keep(row, batch, index, end)
         if node is None:
             return False
         self._cache.attach(row, node, end)
-        self.batch.drop_front(index, moved)
-        self.batch.set_path(index, row.path())
+        batch.drop_front(index, moved)
+        batch.set_path(index, row.path())
         return True
+
+
+def _alike(a: Tokens, b: Tokens, start: int, count: int) -> bool:
+    """Whether two prompts agree right after `start`, or one of them ends there: a cheap look before a whole one."""
+    return min(len(a), len(b)) < start + count or bool((a[start : start + count] == b[start : start + count]).all())

@@ -111,7 +111,7 @@ class Solo:
         self.lengths[row] = self.lengths[last]
         del self._caches[last], self._starts[last], self.lengths[last]
 
-    def tail(self, row: int, start: int, stop: int) -> KV | Snapshot:
+    def tail(self, row: int, start: int, stop: int, *, last_use: bool = False) -> KV | Snapshot:
         """Copy out tokens [start, stop) of a row's own part, or its whole state, which ends at `stop`."""
         if self._snapshots:
             return Snapshot(self._caches[row])
