@@ -108,6 +108,8 @@ class Ticket:
 
     async def aresult(self, timeout_s: float | None = None) -> Result:
         """Do what `result` does, without blocking the event loop."""
+        if timeout_s is not None and timeout_s <= 0:  # one look, which asyncio would not wait for
+            return await asyncio.to_thread(self.result, timeout_s)
         try:
             state = await asyncio.wait_for(Watch.of(self._broker).ended(self.id), timeout_s)
         except TimeoutError:

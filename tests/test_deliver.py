@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic_core import PydanticSerializationError
 from redis import Redis
 from redis.exceptions import ConnectionError
 from rq import Callback, Queue, Retry
@@ -198,11 +199,13 @@ def test_a_transient_error_is_retried_and_each_attempt_shows(desk: Desk) -> None
     assert (fields["status"], fields["error_code"], fields["attempts"]) == ("queued", "out_of_memory", "1")
     assert desk.redis.ttl(keys.result(job.id)) == -1
     assert desk.waiting == [job.id]
+    assert desk.outbox.jobs_failed == 0
     flight = desk.take(job)
     assert not desk.result(job).keys() & {"error_code", "error_message", "json"}
     desk.fail(flight, OutOfMemory("full again"))
     fields = desk.result(job)
     assert (fields["status"], fields["error_message"], fields["attempts"]) == ("failed", "full again", "2")
+    assert desk.outbox.jobs_failed == 1
     assert desk.waiting == []
 
 
@@ -317,6 +320,47 @@ def test_a_job_that_cannot_be_read_can_still_be_failed(desk: Desk, body: bytes) 
     desk.fail(desk.take(job), InvalidRequest("cannot be read"))
     fields = desk.result(job)
     assert (fields["status"], fields["error_code"]) == ("failed", "invalid_request")
+
+
+def test_labels_that_utf8_cannot_hold_are_left_out(desk: Desk) -> None:
+    job = desk.enqueue()
+    body = {"prompt": "x", "custom_id": "\ud800", "batch_id": "b1", "metadata": {"\udfff": "v"}}
+    desk.redis.hset(job.key, "data", json.dumps([keys.GENERATE, None, [body], {}]))
+    desk.fail(desk.take(job), InvalidRequest("no Unicode"))
+    fields = desk.result(job)
+    assert (fields["status"], fields["batch_id"]) == ("failed", "b1")
+    assert not fields.keys() & {"custom_id", "metadata"}
+
+
+def test_closing_hands_back_whatever_a_result_raises(desk: Desk) -> None:
+    job, mate = desk.enqueue(), desk.enqueue()
+    flight, _ = desk.take(job), desk.take(mate)
+    desk.outbox.put(flight, Finished(flight.id, "a dog", "stop", USAGE, prefill_ms=1.5, decode_ms=20.25))
+    assert flight.result is not None
+    flight.result = flight.result.model_copy(update={"custom_id": "\ud800"})
+    with pytest.raises(PydanticSerializationError):
+        desk.pump.close()
+    assert desk.waiting == [job.id, mate.id]
+    assert desk.leases == 0
+
+
+def test_an_id_that_rq_refuses_does_not_end_the_worker(desk: Desk) -> None:
+    desk.redis.rpush("rq:queue:radixq:intermediate", "my.job")
+    desk.redis.zadd("rq:wip:radixq", {"my.job:0": 1})
+    desk.worker.run_maintenance_tasks()
+    assert not desk.worker.should_run_maintenance_tasks
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before the server ran it", "before its answer came"])
+def test_what_a_lost_answer_left_in_doubt_waits_again_though_nothing_else_does(desk: Desk, answered: bool) -> None:
+    job = desk.enqueue()
+    desk.client.breaks_at, desk.client.answered = 1, answered
+    with pytest.raises(ConnectionError):
+        desk.pump._drain.take([Candidate(job.id, "radixq")], "tiny")
+    assert desk.waiting == []
+    desk.pump._exchange(None)
+    assert desk.waiting == [job.id]
+    assert desk.leases == 0
 
 
 def test_a_payload_is_neither_unpacked_without_bound_nor_written_again(desk: Desk) -> None:

@@ -203,6 +203,16 @@ def test_jobs_are_handed_back_to_the_head_in_the_order_they_had(
     assert [flight.attempts for flight in take(drain, jobs[:1])] == [3]
 
 
+def test_jobs_enqueued_at_the_same_time_are_handed_back_in_the_order_they_ran(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(3)
+    for job in jobs:
+        redis.hset(job.key, "enqueued_at", "2026-01-02T03:04:05.000000Z")
+    assert drain.hand_back(take(drain, jobs)) == 3
+    assert waiting(redis) == ids(jobs)
+
+
 def test_a_job_that_was_taken_away_or_cancelled_is_not_handed_back(
     drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:
@@ -222,7 +232,9 @@ def test_a_connection_that_breaks_while_jobs_are_started_loses_none(
     client.breaks_at, client.answered = 1, answered
     with pytest.raises(ConnectionError):
         take(drain, jobs[:3])
+    assert drain.unsure
     drain.settle()
+    assert not drain.unsure
     assert waiting(redis) == ids(jobs)
     assert waiting(redis, "first:intermediate") == started(redis) == []
     assert [flight.job.id for flight in take(drain, jobs)] == ids(jobs)

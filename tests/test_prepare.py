@@ -188,7 +188,10 @@ def test_a_newer_wire_version_is_left_whatever_it_holds() -> None:
         (wire({"messages": SECRET}), "messages: .* got a string"),
         (wire({"prompt": [SECRET]}), "prompt: .* got a list"),
         (wire({"prompt": ""}), "prompt: "),
-        (wire({"prompt": "\ud800"}), "prompt: "),
+        (wire({"prompt": "\ud800"}), "prompt: .* lone surrogate"),
+        (wire({"prompt": "x", "custom_id": "\udfff"}), "custom_id: .* lone surrogate"),
+        (wire({"prompt": "x", "metadata": {"\ud800": "v"}}), "metadata: .* lone surrogate"),
+        (wire({"prompt": "x", "\ud800": 1}), r"\\ud800: .* lone surrogate"),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence_that_does_not_quote_the_prompt(data: bytes, sentence: str) -> None:

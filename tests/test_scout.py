@@ -195,6 +195,13 @@ def test_what_cannot_be_run_is_offered_with_the_reason(redis: Redis, window: Win
     }
 
 
+def test_an_id_that_rq_refuses_is_not_offered(redis: Redis, window: Window) -> None:
+    redis.rpush(f"rq:queue:{keys.DEFAULT_QUEUE}", "my.job", "", "\xe9")
+    (job,) = enqueue(redis, "once")
+    read_all(window)
+    assert [candidate.job_id for candidate in window.offer(5)] == [job.id]
+
+
 def test_a_payload_over_the_limit_is_refused_without_being_fetched(
     redis: Redis, redis_url: str, loaded: LoadedTokenizer
 ) -> None:

@@ -264,6 +264,7 @@ def test_a_wait_that_is_too_short_says_so_and_can_be_repeated(timeout_s: float, 
         asyncio.run(ticket.aresult(timeout_s))
     finish(redis, ticket.id)
     assert ticket.result(timeout_s).text == "ok"
+    assert asyncio.run(ticket.aresult(0)).text == "ok"
 
 
 def test_asyncio_has_the_same_answers(redis: Redis) -> None:

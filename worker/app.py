@@ -28,6 +28,7 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 from rq.scheduler import RQScheduler
+from rq.utils import now
 from rq.worker import BaseWorker, DequeueStrategy, WorkerStatus
 
 from common import keys, log
@@ -50,6 +51,7 @@ MAINTENANCE_S = 30
 SOCKET_TIMEOUT_S = 5.0
 AGAIN_S = 0.3  # a second signal this soon is the same one, delivered twice
 
+_DEFECT = "the worker's loop ended by a defect; the lines above say where"
 _log = log.logger("worker.app")
 
 
@@ -89,7 +91,7 @@ class BatchWorker(BaseWorker):
         self.maintenance_interval = min(self.maintenance_interval, MAINTENANCE_S)
         self._pump: Pump | None = None
         self._schedule: RQScheduler | None = None
-        self._burst = self._orderly = False
+        self._burst = self._orderly = self._entered = False
         self._max_jobs: int | None = None
         self._stopped_at = 0.0
 
@@ -129,14 +131,20 @@ class BatchWorker(BaseWorker):
             self._pump.error = error
         finally:
             scout.close()
-            runner.stop()
-        if not self._orderly:
-            _leave(self._pump.error or InternalError("the worker's loop ended by a defect; the lines above say where"))
+            ended = runner.stop()
+        if self._stop_requested and not self._entered:
+            self._orderly = self._pump.error is None
+        reason = None if self._orderly else self._pump.error or InternalError(_DEFECT)
+        if not ended:
+            _leave_at_once(reason)
+        if reason is not None:
+            _leave(reason)
         return self._pump.started > 0
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> None:
         """Run jobs until there is a reason to end; the pump starts them, so none is returned to RQ's loop."""
         assert self._pump is not None
+        self._entered = True
         self._pump.run(burst=self._burst, max_jobs=self._max_jobs, max_idle_s=max_idle_time)
         self._orderly = self._pump.error is None
 
@@ -179,6 +187,9 @@ class BatchWorker(BaseWorker):
                 self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
         except AWAY as error:
             _log.error("maintenance has to wait", extra={"error": error})
+        except ValueError as error:  # an id in RQ's lists that RQ refuses
+            self.last_cleaned_at = now()  # type: ignore[assignment]
+            _log.error("maintenance was not completed", extra={"error": error})
 
     def enqueue_scheduled_jobs(self) -> None:
         """Put jobs whose time has come into their queues: retries with an interval, `enqueue_at`."""
@@ -234,7 +245,12 @@ class BatchWorker(BaseWorker):
     def teardown(self) -> None:
         """Hand back what runs, then leave RQ's books."""
         assert self._pump is not None
-        self._pump.close()
+        try:
+            self._pump.close()
+        finally:
+            self._unregister()
+
+    def _unregister(self) -> None:
         try:
             if self._schedule is not None:
                 self._schedule.release_locks()  # type: ignore[no-untyped-call]
@@ -312,9 +328,22 @@ def _unique(label: str) -> str:
 
 def _leave(error: RadixqError) -> NoReturn:
     """End the process with one line: whoever called us (`rq worker`) would print a traceback."""
+    _say(error)
+    raise SystemExit(error.exit_code)
+
+
+def _leave_at_once(error: RadixqError | None) -> NoReturn:
+    """End the process while the engine's thread still runs: an orderly end would abort in MLX's streams."""
+    if error is not None:
+        _say(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if error is None else error.exit_code)
+
+
+def _say(error: RadixqError) -> None:
     code = "" if error.code == RadixqError.code else f"{error.code}: "
     print(f"radixq: {code}{' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
-    raise SystemExit(error.exit_code)
 
 
 def _start_though_suspended() -> None:

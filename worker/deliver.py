@@ -5,6 +5,7 @@ An outbox: a result waits here while Redis is away. Knows nothing of queues, pro
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _log = logger("worker.deliver")
 _REFUSING: tuple[type[RadixqError], ...] = (InvalidRequest, *InvalidRequest.__subclasses__(), Expired, InternalError)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _REFUSALS = {error.code: error for error in _REFUSING}
 
 
@@ -143,7 +145,7 @@ class Outbox:
         if self._books(flight)[1]:  # RQ logs a failed transaction and goes on; the lease shows it
             job.retries_left, job._status = before
             raise redis.exceptions.ConnectionError(f"the failure of job {job.id} was not written")
-        self.jobs_failed += 1
+        self.jobs_failed += flight.result is not None and flight.result.status == "failed"
         _log.warning("failed", extra={"job": job.id, "code": error.code, "retry": job.retries_left or 0})
         if flight.stopped:
             self._call_back(job, "stopped_callback")
@@ -225,11 +227,16 @@ def _labels(body: Any) -> dict[str, Any]:
     """Pick what the producer wants to find again in the result, as far as it can be read."""
     if not isinstance(body, dict):
         return {}
-    labels = {name: body[name] for name in ("custom_id", "batch_id") if isinstance(body.get(name), str)}
+    labels = {name: body[name] for name in ("custom_id", "batch_id") if _writable(body.get(name))}
     metadata = body.get("metadata")
-    if isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()):
+    if isinstance(metadata, dict) and all(_writable(part) for item in metadata.items() for part in item):
         labels["metadata"] = metadata
     return labels
+
+
+def _writable(value: object) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON can escape lone surrogates, which it cannot."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def _milliseconds(seconds: float) -> float:

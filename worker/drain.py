@@ -81,6 +81,11 @@ class Drain:
         self._unsure, self._unsure_flights = {}, []
         return taken
 
+    @property
+    def unsure(self) -> bool:
+        """Whether there is anything to settle."""
+        return bool(self._unsure or self._unsure_flights)
+
     def settle(self) -> None:
         """Give back what a broken connection left in doubt: claimed or started, and never run."""
         if self._unsure_flights:
@@ -186,7 +191,7 @@ class Drain:
         """Put jobs that did not finish back to the head of their queues, in their order; return how many."""
         ours, _ = split(self._worker, flights)  # not what was cancelled or given to another worker meanwhile
         with self._connection.pipeline() as pipe:
-            for flight in sorted(ours, key=lambda flight: enqueued_at(flight.job), reverse=True):
+            for flight in sorted(ours, key=lambda flight: enqueued_at(flight.job))[::-1]:  # equal times stay in order
                 job, key = flight.job, keys.result(flight.job.id)
                 self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
                 job.set_status(JobStatus.QUEUED, pipeline=pipe)

@@ -132,10 +132,23 @@ def _validate(body: dict[str, Any]) -> GenerateJob | None:
     version = body.get("v")
     if type(version) is int and version > WIRE_VERSION:
         return None
+    _refuse_surrogates(body)
     try:
         return GenerateJob.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, body) from error
+
+
+def _refuse_surrogates(body: dict[str, Any]) -> None:
+    """JSON can escape what no UTF-8 can hold, and so neither a result nor a tokenizer."""
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            field = name.encode(errors="backslashreplace").decode()[:_MAX_NAME]
+            raise InvalidRequest(f"{field}: not valid Unicode, it holds a lone surrogate", field=field) from error
+        except RecursionError as error:
+            raise InvalidRequest("the job's data is JSON that is nested too deep") from error
 
 
 def _refusal(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:

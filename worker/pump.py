@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing.connection import wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -101,13 +102,14 @@ class Pump:
             self._end(flight, Cancelled("the job was taken from this worker"))
 
     def close(self) -> None:
-        """Deliver what is ready, hand back the rest; as far as Redis is there."""
-        for step in (self._drain.settle, self._deliver_all, self._hand_back, lambda: self._publish("stopped")):
-            try:
-                step()
-            except redis.exceptions.RedisError as error:
-                _log.error("redis failed while stopping", extra={"error": error, "running": len(self.flights)})
-        self._outbox.close()
+        """Deliver what is ready, hand back the rest; as far as Redis is there.
+
+        Every step is taken, whatever the ones before it raise.
+        """
+        with ExitStack() as steps:  # last in, first out
+            steps.callback(self._outbox.close)
+            for step in (lambda: self._publish("stopped"), self._hand_back, self._deliver_all, self._drain.settle):
+                steps.callback(self._last, step)
 
     @property
     def outbox(self) -> Outbox:
@@ -154,6 +156,7 @@ class Pump:
             self._worker.enqueue_scheduled_jobs()
         if self._worker.should_run_maintenance_tasks:
             self._worker.run_maintenance_tasks()
+        self._drain.settle()
         self._admit(max_jobs)
         if self._worker.get_state() != self.state:
             self._worker.set_state(self.state)
@@ -164,13 +167,13 @@ class Pump:
         if self._stopping:
             late = time.monotonic() - self._stopping_since > self._settings.drain_s
             return not self.flights or self._hurry or late
-        if self.flights or self._away_s:
+        if self.flights or self._away_s or self._drain.unsure:
             return False
         if max_jobs is not None and self.started >= max_jobs:
             return True
         if burst and (self._suspended or (self._ready and not self._offers and self._scout.idle())):
             return True
-        return max_idle_s is not None and time.monotonic() - self._active_at > max_idle_s
+        return max_idle_s is not None and self._ready and time.monotonic() - self._active_at > max_idle_s
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Ready):
@@ -244,6 +247,12 @@ class Pump:
         handed_back = self._drain.hand_back(flights) if flights else 0
         self.flights.clear()
         _log.info("stopped", extra={"handed_back": handed_back, "started": self.started})
+
+    def _last(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except redis.exceptions.RedisError as error:
+            _log.error("redis failed while stopping", extra={"error": error, "running": len(self.flights)})
 
     def _look(self) -> None:
         self._suspended = bool(is_suspended(self._worker.connection))

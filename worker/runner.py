@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SPARE_PROMPTS = 8
 """Prompts asked for beyond the free rows, so that the next prefill need not wait for Redis."""
+STOP_S = 5.0
+"""How long the thread may take to end."""
 _POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep; without a bound the pool grows for ever
 _SHARE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
 
@@ -90,11 +92,15 @@ class Runner:
             return 0
         return max(0, self._settings.max_rows + SPARE_PROMPTS - len(self._running))
 
-    def stop(self) -> None:
-        """End the thread, dropping what runs; wait until the current step is over."""
+    def stop(self) -> bool:
+        """End the thread, dropping what runs; return whether it ended in time.
+
+        A step ends soon, loading a model may not: the caller must then leave without ending the interpreter.
+        """
         self._inbox.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(STOP_S)
+        return not self._thread.is_alive()
 
     # In the engine's thread
 

@@ -5,6 +5,7 @@ Lives in the scout's process. Knows no worker, no pipe and no thread.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CLIENT_NAME: Final = "radixq-scout"
 SOCKET_S: Final = 5.0
+_JOB_ID: Final = re.compile(rb"[A-Za-z0-9_-]+")  # RQ's own rule
 _LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the time
 _SLICE_JOBS: Final = 64
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
@@ -179,7 +181,7 @@ class Window:
         present: dict[str, int] = {}
         for queue, ids in enumerate(listed):
             for raw_id in ids[: most - len(present)]:
-                if raw_id.isascii():
+                if _JOB_ID.fullmatch(raw_id):
                     present.setdefault(raw_id.decode(), queue)
         return present
 
