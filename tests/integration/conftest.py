@@ -59,7 +59,8 @@ class Pipeline:
 
 
 def _models() -> list[Any]:
-    named = os.environ.get("RADIXQ_TEST_MODEL_PATH")
+    # Collected with the other tests, this comes after tests/conftest.py has put the name away; called alone, before.
+    named = os.environ.get("RADIXQ_TEST_MODEL_PATH") or os.environ.get("MLX_MODEL_PATH")
     if os.environ.get("INTEGRATION_TEST") != "1":
         why = "set INTEGRATION_TEST=1 and MLX_MODEL_PATH to run this with a model of your own"
     elif not named:
