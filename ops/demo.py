@@ -25,6 +25,7 @@ from redis import Redis
 
 from common import keys
 from common.errors import GenerationFailed, RadixqError
+from common.messages import Usage
 from producer import Ticket, submit
 from worker import platform, server
 
@@ -129,10 +130,10 @@ def show(running: Running) -> int:
         return 1
     seconds = time.monotonic() - begun
     print("answers, as the model gave them:\n")
-    finished = [print_group(name, group) for name, group in tickets.items()]
-    print_metrics(running, seconds)
+    usages = [usage for name, group in tickets.items() for usage in print_group(name, group)]
+    print_totals(usages, seconds)
     print_redis(running, every[0].id)
-    return 0 if all(finished) else 1
+    return 0 if len(usages) == len(every) else 1
 
 
 def watch(running: Running, tickets: list[Ticket]) -> bool:
@@ -178,40 +179,43 @@ def _worker_label(redis: Redis) -> str:
     return str(labels[0]) if labels else ""
 
 
-def print_group(name: str, tickets: list[Ticket]) -> bool:
-    """Print one line per job; False when one did not finish."""
+def print_group(name: str, tickets: list[Ticket]) -> list[Usage]:
+    """Print one line per job; return the token counts of those that finished."""
     print(f"{name:<10} cached  prefill  new  answer")
-    return sum(_print_answer(ticket) for ticket in tickets) == len(tickets)
+    return [usage for ticket in tickets if (usage := _print_answer(ticket)) is not None]
 
 
-def _print_answer(ticket: Ticket) -> bool:
+def _print_answer(ticket: Ticket) -> Usage | None:
     try:
         result = ticket.result(timeout_s=10)
     except GenerationFailed as error:
         print(f"  {ticket.id[:8]} failed: {error}")
-        return False
+        return None
     usage = result.usage
     assert usage is not None
     answer = " ".join((result.text or "").split())
     width = max(20, shutil.get_terminal_size((120, 24)).columns - 36)
     counts = f"{usage.cached_tokens:>6}  {usage.prefill_tokens:>7}  {usage.completion_tokens:>3}"
     print(f"  {ticket.id[:8]} {counts}  {answer if len(answer) <= width else answer[: width - 3] + '...'}")
-    return True
+    return usage
 
 
-def print_metrics(running: Running, seconds: float) -> None:
-    """Print what the cache saved, from the worker's own metrics."""
-    metrics = running.redis.hgetall(keys.metrics(_worker_label(running.redis)))
-    prompt, cached, computed = (int(metrics[f"{name}_tokens"]) for name in ("prompt", "cached", "prefill"))
+def print_totals(usages: list[Usage], seconds: float) -> None:
+    """Print what the cache saved, added up over the results."""
+    prompt, cached, computed, new = (
+        sum(getattr(usage, f"{name}_tokens") for usage in usages)
+        for name in ("prompt", "cached", "prefill", "completion")
+    )
     print(
         f"\n{prompt} prompt tokens = {cached} cached + {computed} computed "
-        f"({100 * cached / prompt:.0f} % were not computed again); "
-        f"{metrics['completion_tokens']} new tokens; {seconds:.1f} s with loading the model"
+        f"({100 * cached / max(1, prompt):.0f} % were not computed again); "
+        f"{new} new tokens; {seconds:.1f} s with loading the model"
     )
 
 
 def print_redis(running: Running, job_id: str) -> None:
     """Print the redis-cli lines that show the same, and what they print."""
+    _await_metrics(running.redis)
     client = shutil.which("redis-cli") or shutil.which("valkey-cli")
     if client is None:
         print("\nredis-cli is not installed here: `radixq inspect KEY` prints what it would print.")
@@ -223,6 +227,13 @@ def print_redis(running: Running, job_id: str) -> None:
             _run(running, sys.executable, "-m", "producer.cli", "inspect", key)
     print(f"\n$ rq info -u {running.url}")
     _run(running, sys.executable, "-m", "rq.cli", "info", "-u", running.url)
+
+
+def _await_metrics(redis: Redis, within_s: float = 5.0) -> None:
+    """Wait until the worker, which writes its metrics about once a second, has counted the last job."""
+    end = time.monotonic() + within_s
+    while redis.hget(keys.metrics(_worker_label(redis)), "jobs_running") != "0" and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _run(running: Running, *argv: str) -> None:

@@ -6,10 +6,11 @@ complete run is two runs (`ops/check` makes both). A Mac has one BLAS, and one r
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RADIXQ_HOME", str(tmp_path / "home" / ".radixq"))
+
+
+@pytest.fixture
+def held_bytes() -> Iterator[Callable[[], int]]:
+    """What MLX's allocator holds, exactly: without its pool, which hands out buffers larger than what was asked for."""
+    import mlx.core as mx
+
+    def settled() -> int:
+        before = -1
+        while before != (now := mx.get_active_memory()):  # what earlier tests left in cycles may take several passes
+            before = now
+            gc.collect()
+            mx.synchronize()  # a stream's thread lets go of its last task's arrays a moment after they are there
+        return before
+
+    limit = mx.set_cache_limit(0)
+    mx.clear_cache()
+    yield settled
+    mx.set_cache_limit(limit)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +98,7 @@ def test_what_a_lone_row_gives_to_the_tree_is_not_written_over_by_it(seed: int) 
         assert list(event.tokens) == alone(run.alone, job.tokens, job.max_tokens)[0], name
 
 
-def test_one_long_tail_does_not_widen_the_buffers_of_all_rows() -> None:
+def test_one_long_tail_does_not_widen_the_buffers_of_all_rows(held_bytes: Callable[[], int]) -> None:
     run = bench(max_rows=32, chunk_tokens=64)
     for i in range(24):
         run.engine.add(f"short {i}", prompt([i, *range(2, 8)], 120))
@@ -107,8 +106,7 @@ def test_one_long_tail_does_not_widen_the_buffers_of_all_rows() -> None:
         run.engine.step()
     run.engine.add("long", prompt([280, *(i % 250 for i in range(3000))], 4))
     rectangle = 25 * 3000 * run.engine._loaded.kv_bytes_per_token
-    gc.collect()
-    before = mx.get_active_memory()
+    before = held_bytes()
     mx.reset_peak_memory()
     run.run({})
     assert len(run.ended) == 25
@@ -159,16 +157,13 @@ def test_nothing_is_held_twice() -> None:
     assert run.engine.stats().cache_bytes == per_token * run.engine.cache.tree.num_tokens
 
 
-def test_memory_that_the_counters_say_was_freed_is_freed() -> None:
+def test_memory_that_the_counters_say_was_freed_is_freed(held_bytes: Callable[[], int]) -> None:
     run = bench(max_rows=8, chunk_tokens=512)
     run.run(shared(4, 2048, own=500), seed=1)
     run.watched.logits.clear()
-    gc.collect()  # engines of earlier tests must not go just now
-    mx.clear_cache()
-    before, held = mx.get_active_memory(), run.engine.cache.tree.nbytes
+    before, held = held_bytes(), run.engine.cache.tree.nbytes
     run.engine.cache.tree.evict(held)
-    mx.clear_cache()
-    assert before - mx.get_active_memory() == pytest.approx(held, rel=0.01)
+    assert before - held_bytes() == pytest.approx(held, rel=0.01)
 
 
 def test_rows_never_exceed_the_limit_and_join_while_others_decode() -> None:
