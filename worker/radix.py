@@ -102,7 +102,7 @@ class RadixTree(Generic[P]):
     Attributes:
         nbytes, num_nodes, num_tokens: what it holds, the root not counted.
         num_splits: how often a node was cut so far; a reader of payloads looks again when it changes.
-        pinned_bytes: the part of `nbytes` that eviction cannot touch now.
+        pinned_bytes, num_pinned: the part of `nbytes` and `num_nodes` that eviction cannot touch now.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,10 @@ class RadixTree(Generic[P]):
         self.num_tokens = 0
         self.num_splits = 0
         self.pinned_bytes = 0
+        self.num_pinned = 0
         self._clock = 0
+        self._leaves: list[tuple[int, int, Node[P]]] = []  # see `_offer`
+        self._num_offers = 0
 
     def match(self, tokens: Tokens) -> Match[P]:
         """Find the longest prefix of `tokens` in the tree. Changes nothing, not even recency."""
@@ -133,7 +136,7 @@ class RadixTree(Generic[P]):
         step: Node[P] | None = node
         while step is not None:
             if step.pins == 0:
-                self.pinned_bytes += step.nbytes
+                self._count_pinned(step, +1)
             step.pins += 1
             step.last_used = self._clock
             step = step.parent
@@ -146,8 +149,9 @@ class RadixTree(Generic[P]):
                 raise RuntimeError(f"release of a node that is not locked (tokens {step.start} to {step.end})")
             step.pins -= 1
             if step.pins == 0:
-                self.pinned_bytes -= step.nbytes
+                self._count_pinned(step, -1)
             step = step.parent
+        self._offer(node)
 
     def insert(self, at: Match[P], tokens: Tokens, payload: P) -> Node[P]:
         """Add the segment `tokens` below `at`, a fresh match; the tree owns the payload from now on.
@@ -168,6 +172,7 @@ class RadixTree(Generic[P]):
         node.last_used = self._clock
         parent.children[node.first] = node
         self._count(node, +1)
+        self._offer(node)
         return node
 
     def fill(self, at: Match[P], payload: P) -> Node[P]:
@@ -184,19 +189,17 @@ class RadixTree(Generic[P]):
 
         A parent that is left childless and unpinned becomes a leaf and goes in the same pass, in its turn.
         """
-        leaves = [(n.last_used, id(n), n) for n in self.nodes() if not n.children and not n.pins]
-        heapq.heapify(leaves)
         freed = count = 0
-        while leaves and (freed < nbytes or count < nodes):
-            _, _, node = heapq.heappop(leaves)
+        while self._leaves and (freed < nbytes or count < nodes):
+            last_used, _, node = heapq.heappop(self._leaves)
             parent = node.parent
-            assert parent is not None
+            if parent is None or not _idle(node) or node.last_used != last_used:
+                continue  # gone, in use, or used since
             del parent.children[node.first]
             self._count(node, -1)
             freed, count = freed + node.nbytes, count + 1
-            node.payload = None
-            if parent is not self.root and not parent.children and not parent.pins:
-                heapq.heappush(leaves, (parent.last_used, id(parent), parent))
+            node.payload = node.parent = None
+            self._offer(parent)
         return Evicted(count, freed)
 
     def nodes(self) -> Iterator[Node[P]]:
@@ -213,16 +216,19 @@ class RadixTree(Generic[P]):
         Raises:
             RuntimeError: a count, a pin, a link or an edge is wrong; the message has both figures.
         """
-        nbytes = num_nodes = num_tokens = pinned = 0
+        nbytes = num_nodes = num_tokens = pinned = num_pinned = 0
         for node in self.nodes():
             _check_links(node)
             nbytes, num_nodes, num_tokens = nbytes + node.nbytes, num_nodes + 1, num_tokens + node.end - node.start
-            pinned += node.nbytes if node.pins else 0
-        counted = (self.nbytes, self.num_nodes, self.num_tokens, self.pinned_bytes)
-        if counted != (nbytes, num_nodes, num_tokens, pinned):
+            pinned, num_pinned = pinned + (node.nbytes if node.pins else 0), num_pinned + bool(node.pins)
+        missing = {n for n in self.nodes() if _idle(n)} - {n for at, _, n in self._leaves if at == n.last_used}
+        if missing:
+            raise RuntimeError(f"{len(missing)} leaves that nobody uses are not offered to eviction")
+        counted = (self.nbytes, self.num_nodes, self.num_tokens, self.pinned_bytes, self.num_pinned)
+        if counted != (nbytes, num_nodes, num_tokens, pinned, num_pinned):
             raise RuntimeError(
-                f"counters (bytes, nodes, tokens, pinned) say {counted}, the tree holds "
-                f"{(nbytes, num_nodes, num_tokens, pinned)}"
+                f"counters (bytes, nodes, tokens, pinned bytes, pinned nodes) say {counted}, the tree holds "
+                f"{(nbytes, num_nodes, num_tokens, pinned, num_pinned)}"
             )
 
     def _split(self, node: Node[P], depth: int) -> Node[P]:
@@ -243,11 +249,30 @@ class RadixTree(Generic[P]):
         self._count(node, +1)
         return upper
 
+    def _offer(self, node: Node[P]) -> None:
+        """Put a leaf that nobody uses where eviction finds it, by its last use.
+
+        The heap keeps entries that are out of date until they come up; it is made anew when they are the most of it.
+        """
+        if not _idle(node) or node is self.root:
+            return
+        self._num_offers += 1
+        heapq.heappush(self._leaves, (node.last_used, self._num_offers, node))
+        if len(self._leaves) > 2 * self.num_nodes + 16:
+            idle = [n for n in self.nodes() if _idle(n)]
+            self._leaves = [(n.last_used, number, n) for number, n in enumerate(idle)]
+            heapq.heapify(self._leaves)
+
     def _count(self, node: Node[P], sign: int) -> None:
         self.nbytes += sign * node.nbytes
         self.num_nodes += sign
         self.num_tokens += sign * (node.end - node.start)
-        self.pinned_bytes += sign * node.nbytes if node.pins else 0
+        if node.pins:
+            self._count_pinned(node, sign)
+
+    def _count_pinned(self, node: Node[P], sign: int) -> None:
+        self.pinned_bytes += sign * node.nbytes
+        self.num_pinned += sign * (node is not self.root)
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
@@ -256,6 +281,10 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
     differs = a[:n] != b[:n]
     first = int(differs.argmax()) if n else 0
     return first if n and differs[first] else n
+
+
+def _idle(node: Node[P]) -> bool:
+    return not node.children and not node.pins
 
 
 def _check_links(node: Node[P]) -> None:
