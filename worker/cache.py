@@ -5,7 +5,6 @@ Between the engine, which runs rows, and the tree, which knows no arrays. Knows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,14 +27,25 @@ class Limits:
 
     Attributes:
         chunk_tokens: prompt tokens between two decode steps.
-        kv_bytes: bound on tree and tails together, worst case.
-        arrays: bound on buffers held by the tree: Metal has a fixed number of them for a process.
+        kv_bytes: bound on tree and rows together, worst case, with the copies that are made of them.
+        arrays: bound on buffers of tree and rows: Metal has a fixed number of them for a process.
     """
 
     max_rows: int
     chunk_tokens: int
     kv_bytes: int
     arrays: int = 400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What must fit beside the tree: bytes, and how many things that hold two arrays per layer."""
+
+    nbytes: int
+    holders: int
+
+    def __add__(self, other: Need) -> Need:
+        return Need(self.nbytes + other.nbytes, self.holders + other.holders)
 
 
 class PrefixCache:
@@ -80,13 +90,16 @@ class PrefixCache:
             self.tree.release(row.node)
         row.node = None
 
-    def keep(self, row: Row, batch: Any, index: int, end: int, *, last_use: bool = False) -> Node[Any] | None:
+    def keep(
+        self, row: Row, batch: Any, index: int, end: int, *, beside: Need | None = None, last_use: bool = False
+    ) -> Node[Any] | None:
         """Put what a row has computed up to depth `end` into the tree, as far as it is not there.
 
+        Room for what is copied is made beside what the rows need; without `beside` it has been made before.
         `last_use` promises that the batch is dropped now.
 
-        Returns the node in which `end` lies, or None where nothing can be kept: the values are not all finite, or the
-        model's state cannot be reused.
+        Returns the node in which `end` lies, or None where nothing can be kept: there is no room, the values are not
+        all finite, or the model's state cannot be reused.
         """
         if self.reuse == "none":
             return None
@@ -94,21 +107,26 @@ class PrefixCache:
         at = self.tree.match(tokens)
         if at.length == end and (self.reuse != "snapshot" or (at.node.end == end and at.node.nbytes)):
             return at.node
-        own = batch.tail(index, at.length - row.prefix_tokens, end - row.prefix_tokens, last_use=last_use)
-        if not own.finite():
-            return None
-        return self.tree.insert(at, tokens[at.length :], own) if at.length < end else self.tree.fill(at, own)
+        self.tree.lock(at.node)  # to make room must not take away the place for which it is made
+        try:
+            if beside is not None and not self.make_room(beside + Need(self._copied_bytes(at, end), 0)):
+                return None
+            own = batch.tail(index, at.length - row.prefix_tokens, end - row.prefix_tokens, last_use=last_use)
+            if not own.finite():
+                return None
+            return self.tree.insert(at, tokens[at.length :], own) if at.length < end else self.tree.fill(at, own)
+        finally:
+            self.tree.release(at.node)
 
-    def make_room(self, nbytes: int, rows: Iterable[Row]) -> bool:
-        """Evict until `nbytes` more fit beside the tree and the worst case of `rows`; return whether they do."""
-        over = self.tree.nbytes + nbytes + sum(self.need(row, None) for row in rows) - self._limits.kv_bytes
-        nodes_over = self.tree.num_nodes + 1 - self._limits.arrays // (2 * self._loaded.num_layers)
-        if over > self.tree.nbytes - self.tree.pinned_bytes:
+    def make_room(self, need: Need) -> bool:
+        """Evict until `need` fits beside the tree; return whether it does."""
+        tree = self.tree
+        over = tree.nbytes + need.nbytes - self._limits.kv_bytes
+        nodes_over = tree.num_nodes + 2 + need.holders - self._limits.arrays // (2 * self._loaded.num_layers)
+        if over > tree.nbytes - tree.pinned_bytes or nodes_over > tree.num_nodes - tree.num_pinned:
             return False  # and nothing is evicted in vain
-        if over > 0 or nodes_over > 0:
-            gone = self.evict(over, nodes_over)
-            over, nodes_over = over - gone.nbytes, nodes_over - gone.nodes
-        return over <= 0 and nodes_over <= 0
+        self.evict(over, nodes_over)
+        return True
 
     def evict(self, nbytes: int, nodes: int = 0) -> Evicted:
         """Evict so much and so many, or all that is not in use."""
@@ -116,21 +134,34 @@ class PrefixCache:
         self.evicted = Evicted(self.evicted.nodes + gone.nodes, self.evicted.nbytes + gone.nbytes)
         return gone
 
-    def need(self, row: Row, segment_end: int | None) -> int:
-        """Return the bytes that a row can come to hold of its own, or that computing a segment for it takes."""
-        shared = row.prefix_tokens if self.reuse == "shared" else 0
-        if segment_end is None:
-            return self._bytes(row.longest - shared)
-        kept = segment_end if self.reuse == "snapshot" else segment_end - row.prefix_tokens
-        copied = 0 if self.reuse == "shared" else self._bytes(segment_end)
-        return copied + self._bytes(kept)
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self._loaded.num_layers
 
-    def _bytes(self, tokens: int) -> int:
+    def tail_tokens(self, row: Row) -> int:
+        """Return how many tokens a row can come to hold of its own; the last of its answer is never computed."""
+        return row.longest - 1 - (row.prefix_tokens if self.reuse == "shared" else 0)
+
+    def segment_need(self, row: Row, end: int) -> Need:
+        """Return what it takes to compute a segment up to depth `end` for a row, and to keep it."""
+        at = Match(row.node or self.tree.root, row.prefix_tokens)
+        copied = 0 if self.reuse == "shared" else self.nbytes(end)
+        return Need(copied + self._copied_bytes(at, end), 1)
+
+    def _copied_bytes(self, at: Match[Any], end: int) -> int:
+        """Return what keeping the tokens from `at` to `end` adds, with the copy of a node that is cut for them."""
+        if self.reuse == "snapshot":
+            return self.nbytes(end)
+        return self.nbytes(end - at.length) + (at.node.nbytes if at.length < at.node.end else 0)
+
+    def nbytes(self, tokens: int) -> int:
+        """Return the bytes of so many tokens' KV."""
         return tokens * self._loaded.kv_bytes_per_token + self._loaded.state_bytes
 
     def too_large(self, row: Row) -> ContextLengthExceeded:
         """Return the error of a job that could not run even alone."""
-        need, budget = self._bytes(row.longest) / 1e9, self._limits.kv_bytes / 1e9
+        need, budget = self.nbytes(row.longest) / 1e9, self._limits.kv_bytes / 1e9
         return ContextLengthExceeded(
             f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
             f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"

@@ -5,8 +5,8 @@ the order in which jobs were given: a *segment* that several known jobs need bec
 jobs whose shared part is complete run together and join the batch. So N jobs with one cold prefix find it computed
 once, by the first of them.
 
-Whatever fails, fails with a whole call of the model. All rows in it run once more, each alone, and what fails then has
-nobody else to blame. A segment that failed never enters the tree and is remembered; who needs it runs alone as well.
+What fails in a call of the model fails with all its rows. They run again, half as many together; a row that fails
+alone has nobody else to blame. A segment that failed never enters the tree and is remembered; who needs it runs alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ import numpy as np
 from common.errors import InternalError, OutOfMemory, RadixqError
 from common.log import logger
 from worker import attention
-from worker.cache import Limits, PrefixCache, Reuse
+from worker.cache import Limits, Need, PrefixCache, Reuse
 from worker.intake import Fill, Intake
 from worker.model import LoadedModel
 from worker.row import Answer, Row
@@ -59,7 +60,7 @@ class Engine:
 
     def add(self, job_id: str, prompt: Prompt) -> None:
         """Queue a job; it runs in a later `step`."""
-        self._intake.waiting.append(self._new_row(job_id, prompt))
+        self._intake.line.append(self._new_row(job_id, prompt))
 
     def abort(self, job_id: str) -> None:
         """Forget a job, wherever it is; nothing more is said of it. Unknown ids are ignored."""
@@ -67,14 +68,17 @@ class Engine:
             if row.id == job_id:
                 self._running.leave(index)
                 return
-        for row in (*self._intake.waiting, *self._intake.retries, *self._filling):
+        for row in self._filling:
             if row.id == job_id:
-                row.aborted = True
+                row.aborted = True  # the call goes on, and its rows need what they read
+                self._intake.line.remove(job_id)
+                return
+        self._intake.remove(job_id)
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._intake or self._fill or self._running)
+        return bool(self._intake.line or self._fill or self._running)
 
     @property
     def blocked(self) -> bool:
@@ -96,7 +100,7 @@ class Engine:
         until = time.perf_counter() + BURST_S
         for _ in range(BURST_CHUNKS):
             events += self._prefill()
-            idle = self._fill is None and (not self._intake.waiting or self.blocked)
+            idle = self._fill is None and (not self._intake.line or self.blocked)
             if idle or len(self._running) >= FULL * self._limits.max_rows or time.perf_counter() > until:
                 break
         if self._running.rows:
@@ -128,7 +132,8 @@ class Engine:
             RuntimeError: they do not.
         """
         self.cache.tree.check()
-        reading = sum(row.node is not None for row in (*self._running.rows, *self._filling))
+        rows = {*self._running.rows, *self._filling, *self._intake.line}
+        reading = sum(row.node is not None for row in rows)
         if self.cache.tree.root.pins != reading:
             raise RuntimeError(f"{self.cache.tree.root.pins} pins for {reading} rows")
         if len(self._running.batch) != len(self._running.rows):
@@ -150,8 +155,8 @@ class Engine:
         self._fill, hopeless = self._intake.next_fill(self._running)
         if self._fill and self._fill.segment:
             (row,) = self._fill.rows
-            others = sum(1 for _ in self._intake.waiting_for(row, row.prefix_tokens + self._fill.width)) - 1
-            self._count(herd_waits=others)
+            prefix = row.prompt.tokens[: row.prefix_tokens + self._fill.width]
+            self._count(herd_waits=self._intake.line.num_sharing(prefix) - 1)
         return [Failed(row.id, error) for row, error in hopeless]
 
     def _run_fill(self) -> list[Event]:
@@ -182,9 +187,13 @@ class Engine:
 
     def _insert_segment(self, fill: Fill) -> None:
         (row,) = fill.rows
-        if self.cache.keep(row, fill.batch, 0, row.prefix_tokens + fill.width, last_use=True) is None:
+        end = row.prefix_tokens + fill.width
+        node = self.cache.keep(row, fill.batch, 0, end, last_use=True)
+        if node is None:
             raise InternalError(f"the KV of tokens {row.prefix_tokens} and on is not finite")
-        self.cache.detach(row)
+        self.cache.attach(row, node, end)  # its job goes next, and must still find it then
+        if row.aborted:
+            self.cache.detach(row)
 
     def _join(self, fill: Fill) -> None:
         fill.batch.trim([len(tokens) for tokens in fill.tokens])
@@ -221,13 +230,16 @@ class Engine:
     def _accept(self, tokens: list[int], finite: list[bool]) -> list[Event]:
         events: list[Event] = []
         for index in reversed(range(len(tokens))):  # a row that leaves is replaced by the last, which was seen already
-            row = self._running.rows[index]
-            if not finite[index]:
-                self._running.batch.wipe(index)
-                events += self._give_up([row], InternalError("the model gave logits that are not finite numbers"))
-            elif row.accept(tokens[index], self._loaded.eos_token_ids):
-                events.append(self._finish(index))
+            accept = partial(self._accept_one, index, tokens[index], finite[index])
+            events += self._guarded(accept, [self._running.rows[index]])
         return events
+
+    def _accept_one(self, index: int, token: int, finite: bool) -> list[Event]:
+        row = self._running.rows[index]
+        if not finite:
+            self._running.batch.wipe(index)
+            raise InternalError("the model gave logits that are not finite numbers")
+        return [self._finish(index)] if row.accept(token, self._loaded.eos_token_ids) else []
 
     def _finish(self, index: int) -> Event:
         """Keep a complete row's own KV in the tree, as far as memory allows, and let it go."""
@@ -235,8 +247,8 @@ class Engine:
         finished = row.finished()
 
         def keep() -> list[Event]:
-            if self.cache.make_room(0, (*self._running.rows, *self._filling)):
-                self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index])
+            beside = self._demand(leaving=row)
+            self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index], beside=beside)
             return []
 
         self._guarded(keep, [])  # an answer that is complete does not fail for want of memory to cache it
@@ -260,41 +272,44 @@ class Engine:
             return work()
         except Exception as error:
             failing = list(self._intake.forming) if failing is None else failing
-            log.exception("a step failed", extra={"rows": len(failing)})
+            log.exception("a part of a step failed", extra={"rows": len(failing)})
             return self._failed(failing, _translated(error))
 
     def _failed(self, failing: list[Row], error: RadixqError) -> list[Event]:
         """Drop a failed call's arrays, give its rows another try, and free memory if that was what it lacked."""
+        company = max(1, len(failing) // 2)
         fill = self._fill if self._fill and self._fill.rows == failing else None
         if fill is not None:
             self._fill = None
             if fill.segment:
                 (row,) = failing
-                end = row.prefix_tokens + fill.width
-                failing = list(self._intake.waiting_for(row, end))
-                self._intake.poison(row.prompt.tokens[:end])
+                prefix = row.prompt.tokens[: row.prefix_tokens + fill.width]
+                failing = [row, *(other for other in self._intake.line.sharing(prefix) if other is not row)]
+                self._intake.poison(prefix)
                 self._count(poisoned_nodes=1)
                 log.warning("a shared prefix failed", extra={"tokens": fill.width, "waiting": len(failing)})
+        events = self._give_up(failing, error, company)
         if isinstance(error, OutOfMemory):
             self.cache.evict(self.cache.tree.nbytes // 2)
             mx.clear_cache()
-        return self._give_up(failing, error)
+        return events
 
-    def _give_up(self, rows: Iterable[Row], error: RadixqError) -> list[Event]:
-        """Take rows out of wherever they are; they run again, alone, unless they did so already."""
+    def _give_up(self, rows: Iterable[Row], error: RadixqError, company: int) -> list[Event]:
+        """Take rows out of wherever they are; they go next, so many together, unless they ran alone already."""
         events: list[Event] = []
+        again: list[Row] = []
         for row in rows:
             if row in self._running.rows:
                 self._running.leave(self._running.rows.index(row))
-            if row in self._intake.waiting:
-                self._intake.waiting.remove(row)
+            self._intake.line.remove(row.id)
             self.cache.detach(row)
             if row.aborted:
                 continue
-            if row.retry:
+            if row.company == 1:
                 events.append(Failed(row.id, error))
             else:
-                self._intake.retries.append(self._new_row(row.id, row.prompt, retry=True))
+                again.append(self._new_row(row.id, row.prompt, company))
+        self._intake.put_back(again)
         return events
 
     # Bookkeeping
@@ -303,9 +318,17 @@ class Engine:
     def _filling(self) -> Sequence[Row]:
         return self._fill.rows if self._fill else ()
 
-    def _new_row(self, job_id: str, prompt: Prompt, *, retry: bool = False) -> Row:
+    def _demand(self, leaving: Row) -> Need:
+        """Return what all rows need when one has left."""
+        fill = self._fill
+        if fill and fill.segment:
+            (row,) = fill.rows
+            return self._running.demand(leaving=leaving) + self.cache.segment_need(row, row.prefix_tokens + fill.width)
+        return self._running.demand(self._filling, leaving=leaving)
+
+    def _new_row(self, job_id: str, prompt: Prompt, company: int | None = None) -> Row:
         answer = Answer(self._loaded.tokenizer, prompt.sampling.stop)
-        return Row(job_id, prompt, answer, Sampler(prompt.sampling), retry=retry)
+        return Row(job_id, prompt, answer, Sampler(prompt.sampling), company=company)
 
     def _follow_splits(self) -> None:
         """Let rows read the halves of nodes that were cut since the last call, so that nothing is held twice."""

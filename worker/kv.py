@@ -148,18 +148,34 @@ class Batch:
         """Compute the tails and nothing else: the logits of a prefill chunk are never needed."""
         mx.eval(self._tails)
 
-    def join(self, other: Batch) -> None:
-        """Append all rows of `other`, copying their tails."""
-        first, widest = len(self), max(other.lengths)
+    def join(self, other: Batch, columns: int = 0) -> None:
+        """Append all rows of `other`, copying their tails; `columns` is how many the rows will need, where known.
+
+        Buffers that have to grow for it are copied, and the old ones dropped, layer by layer. If it raises, this
+        batch still has its rows and no others.
+        """
+        first, widest, rows = len(self), max(other.lengths), len(self) + len(other)
+        self._columns = columns
+        columns = max(columns, widest, *self.lengths)
+        grows = not self.holds(rows, columns)
+        for i, theirs in enumerate(other._tails):
+            if theirs is None:
+                continue
+            self._reserve_layer(i, rows, columns, like=theirs)
+            mine = self._tails[i]
+            assert mine is not None
+            for target, source in zip(mine, theirs, strict=True):
+                target[first:rows, :, :widest] = source[: len(other), :, :widest]
+            if grows:
+                mx.eval(mine)
+                other._tails[i] = None
         self.open(other.paths)
         self.lengths[first:] = other.lengths
-        if widest:
-            self._reserve(len(self), max(self.lengths), like=other)
-            for mine, theirs in zip(self._tails, other._tails, strict=True):
-                assert mine is not None
-                assert theirs is not None
-                for target, source in zip(mine, theirs, strict=True):
-                    target[first : len(self), :, :widest] = source[: len(other), :, :widest]
+
+    def holds(self, rows: int, columns: int) -> bool:
+        """Whether the buffers have room for so many rows and columns."""
+        held = self._tails[0]
+        return held is not None and held[0].shape[0] >= rows and held[0].shape[2] >= columns
 
     def leave(self, row: int) -> None:
         """Remove one row; the last row takes its place in every list."""
@@ -239,22 +255,24 @@ class Batch:
     def _aligned(self) -> bool:
         return min(self.lengths) == max(self.lengths)
 
-    def _reserve(self, rows: int, columns: int, like: Batch | None = None) -> None:
-        """Grow the buffers to hold `rows` x `columns`, or shrink them when most of it is unused."""
-        for i, tails in enumerate(self._tails):
-            source = tails or (like._tails[i] if like else None)
-            if source is None:
-                continue
-            held = tails[0].shape if tails else (0, 0, 0, 0)
-            if held[0] >= rows and columns <= held[2] <= 2 * columns + 16 and held[0] <= 2 * rows:
-                continue
-            width = columns + max(GROWTH, columns // 16)
-            fresh = (_empty(source[0], rows, width), _empty(source[1], rows, width))
+    def _reserve(self, rows: int, columns: int) -> None:
+        for layer, tails in enumerate(self._tails):
             if tails:
-                keep_rows, keep = min(held[0], rows), min(held[2], width)
-                for target, old in zip(fresh, tails, strict=True):
-                    target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
-            self._tails[i] = fresh
+                self._reserve_layer(layer, rows, columns, like=tails)
+
+    def _reserve_layer(self, layer: int, rows: int, columns: int, *, like: tuple[mx.array, mx.array]) -> None:
+        """Grow a layer's buffers to hold `rows` x `columns`, or shrink them when most of it is unused."""
+        tails = self._tails[layer]
+        held_rows, held = (tails[0].shape[0], tails[0].shape[2]) if tails else (0, 0)
+        if rows <= held_rows <= 2 * rows and columns <= held <= 2 * columns + 16:
+            return
+        width = columns if columns <= self._columns else columns + max(GROWTH, columns // 16)
+        fresh = (_empty(like[0], rows, width), _empty(like[1], rows, width))
+        if tails:
+            keep_rows, keep = min(held_rows, rows), min(held, width)
+            for target, old in zip(fresh, tails, strict=True):
+                target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
+        self._tails[layer] = fresh
 
 
 def _empty(like: mx.array, rows: int, columns: int) -> mx.array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,14 @@ class Answer:
     """The text of one answer as it grows: whole characters, up to the first stop string."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._tokenizer = tokenizer
         self._matcher = StopMatcher(stop)
         self._pieces: list[str] = []
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        """Made with the first token: if it fails, so does its row and nobody else."""
+        return Detokenizer(self._tokenizer)
 
     def add(self, token: int) -> bool:
         """Take the next token; return whether a stop string is complete."""
@@ -44,7 +50,7 @@ class Row:
         node: the locked tree node that holds the end of the row's prefix; None while it waits.
         prefix_tokens: how many leading tokens lie in the tree; the rest of its KV is in its tail.
         computed_tokens: prompt tokens whose computation this row caused.
-        retry: it failed once and runs alone now.
+        company: with how many rows it may run, itself counted; None until it fails.
     """
 
     id: str
@@ -57,7 +63,7 @@ class Row:
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     aborted: bool = False
-    retry: bool = False
+    company: int | None = None
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
 

@@ -98,7 +98,7 @@ class Solo:
     def trim(self, lengths: Sequence[int]) -> None:
         """Do nothing: there was no padding."""
 
-    def join(self, other: Solo) -> None:
+    def join(self, other: Solo, _columns: int = 0) -> None:
         """Take over the rows of `other`."""
         self._caches += other._caches
         self._starts += other._starts
