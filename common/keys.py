@@ -11,6 +11,8 @@ GENERATE: Final = "radixq.generate"
 
 WORKERS: Final = "radixq:workers"
 DEAD: Final = "radixq:dead"
+IMAGES: Final = "radixq:images"
+"""Sorted set of the pictures that jobs need, by when that was last checked."""
 METRICS_TTL_S: Final = 7 * 86_400
 WORKER_ALIVE_S: Final = 120
 """A worker whose last sign of life (its score in `WORKERS`) is older than this is taken for gone."""
@@ -31,6 +33,16 @@ def metrics(worker: str) -> str:
 def prefixes(worker: str) -> str:
     """Return the key of the set of prefix fingerprints resident on one worker."""
     return f"radixq:prefixes:{worker}"
+
+
+def image(digest: str) -> str:
+    """Return the key of one picture, a PNG; `digest` is hexadecimal."""
+    return f"radixq:image:{digest}"
+
+
+def image_jobs(digest: str) -> str:
+    """Return the key of the sorted set of jobs that need a picture."""
+    return f"radixq:image:{digest}:jobs"
 
 
 def idempotency(key: str) -> str:

@@ -6,9 +6,10 @@ A job travels as one JSON object, `GenerateJob`; its answer is a `Result`. Both 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
 WIRE_VERSION: Final = 1
 """Highest `v` this version writes and reads. A worker leaves jobs of a newer `v` in the queue."""
@@ -16,6 +17,8 @@ WIRE_VERSION: Final = 1
 Status = Literal["queued", "running", "finished", "failed", "cancelled", "expired", "lost"]
 FinishReason = Literal["stop", "length"]
 Text = Annotated[str, StringConstraints(min_length=1)]
+PICTURE: Final = re.compile("sha256:([0-9a-f]{64})")
+"""The `url` of a picture on the wire; its group is the digest."""
 
 
 class Wire(BaseModel):
@@ -32,10 +35,25 @@ class TextPart(Wire):
 
 
 class ImageUrl(Wire):
-    """Where a picture is: a `data:` URL, or the content digest that the producer stored it under."""
+    """Which picture: `sha256:` and the digest under which its producer stored it in Redis."""
 
-    url: Text
+    url: Annotated[str, WithJsonSchema({"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"})]
     detail: Literal["auto", "low", "high"] = "auto"
+
+    @field_validator("url")
+    @classmethod
+    def _stored(cls, value: str) -> str:
+        if not PICTURE.fullmatch(value):
+            raise ValueError(
+                "must be sha256: and 64 hexadecimal digits, the digest of a picture in Redis; producer.submit stores "
+                "pictures there, and so may others"
+            )
+        return value
+
+    @property
+    def digest(self) -> str:
+        """The picture's digest in hexadecimal, by which `common.keys.image` finds it."""
+        return self.url.partition(":")[2]
 
 
 class ImagePart(Wire):
@@ -118,6 +136,12 @@ class GenerateJob(Wire):
     def num_images(self) -> int:
         """How many pictures the job holds."""
         return sum(message.num_images for message in self.messages or ())
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The pictures of the job in order; one that is there twice is twice here."""
+        parts = (part for m in self.messages or () if not isinstance(m.content, str) for part in m.content)
+        return tuple(part.image_url.digest for part in parts if isinstance(part, ImagePart))
 
 
 class Answer(Wire):

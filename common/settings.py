@@ -59,6 +59,16 @@ class Settings(BaseModel):
     max_job_bytes: ByteSize = Field(
         ByteSize(32 * 1024**2), alias="RADIXQ_MAX_JOB_BYTES", description="one job on the wire"
     )
+    max_image_bytes: ByteSize = Field(
+        ByteSize(32 * 1024**2), alias="RADIXQ_MAX_IMAGE_BYTES", description="one picture's file, as it is given"
+    )
+    max_image_pixels: int = Field(
+        50_000_000, alias="RADIXQ_MAX_IMAGE_PIXELS", ge=1, description="one picture, width times height"
+    )
+    image_urls: bool = Field(False, alias="RADIXQ_IMAGE_URLS", description="producers fetch pictures by http(s)")
+    image_fetch_s: float = Field(
+        20.0, alias="RADIXQ_IMAGE_FETCH_S", gt=0, description="such a picture has to be there within"
+    )
     callbacks: tuple[str, ...] = Field(
         (), alias="RADIXQ_CALLBACKS", description="RQ callbacks that may run, comma separated"
     )
