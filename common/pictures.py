@@ -72,12 +72,14 @@ def named(body: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(match[1] for url in _urls(body) if (match := PICTURE.fullmatch(url))))
 
 
-def hold(pipe: Pipeline, job_id: str, digests: Collection[str], now_s: float) -> None:
-    """Append what keeps a job's pictures, stored already or not, from expiring."""
-    for name in digests:
-        pipe.zadd(keys.image_jobs(name), {job_id: now_s}, nx=True)
-        pipe.zadd(keys.IMAGES, {name: now_s}, nx=True)
-        pipe.persist(keys.image(name))
+def hold(pipe: Pipeline, digest: str, job_ids: Collection[str], now_s: float) -> None:
+    """Append what keeps a picture, stored already or not, from expiring until these jobs have ended.
+
+    `now_s` is the server's time: a job may come into its queue up to `GRACE_S` later.
+    """
+    pipe.zadd(keys.image_jobs(digest), dict.fromkeys(job_ids, now_s), nx=True)
+    pipe.zadd(keys.IMAGES, {digest: now_s}, nx=True)
+    pipe.persist(keys.image(digest))
 
 
 def release(pipe: Pipeline, job_id: str, digests: Collection[str], ttl_s: int) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from common import keys
@@ -91,6 +92,9 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     for name, (kind, about) in _OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, help=about, metavar=name.upper().replace("-", "_"))
     parser.add_argument("--stop", action="append", metavar="STOP", help="ends the answer; may be given several times")
+    parser.add_argument(
+        "--image", action="append", type=Path, metavar="FILE", help="shown before TEXT; may be given several times"
+    )
     parser.add_argument("--prompt", action="store_true", help="TEXT is a raw prompt: no chat template")
     parser.add_argument("--wait", action="store_true", help="wait for the answer and print it")
     parser.add_argument("--timeout", type=float, metavar="S", help="with --wait: give up waiting after this long")
@@ -100,7 +104,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     text = _stdin() if arguments.text == "-" else arguments.text
     options: dict[str, Any] = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in _OPTIONS}
     options["prompt" if arguments.prompt else "text"] = text
-    ticket = submit(redis=arguments.redis, stop=arguments.stop, **options)
+    ticket = submit(redis=arguments.redis, stop=arguments.stop, images=arguments.image, **options)
     if arguments.wait:
         _print_result(ticket, arguments)
     else:

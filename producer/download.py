@@ -7,6 +7,7 @@ that the environment names are not used.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
@@ -75,14 +76,7 @@ def _ask(url: str, max_bytes: int, deadline: float, allowed: Callable[[Address],
     where = f"{parts.scheme}://{host}"
     try:
         with _connect(parts, deadline, allowed) as sock:
-            # A timeout of the socket counts from byte to byte; a server that drips is cut off by this.
-            cut = threading.Timer(deadline - time.monotonic(), socket.socket.shutdown, [sock, socket.SHUT_RDWR])
-            cut.daemon = True
-            cut.start()
-            try:
-                answer = _exchange(sock, parts, max_bytes)
-            finally:
-                cut.cancel()
+            answer = _exchange(sock, parts, max_bytes, deadline)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         if time.monotonic() < deadline:
             raise ImageUnreadable(f"{where} does not give the file: {_reason(error)}") from error
@@ -106,8 +100,7 @@ def _split(url: str) -> SplitResult:
 
 
 def _connect(parts: SplitResult, deadline: float, allowed: Callable[[Address], bool]) -> socket.socket:
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(parts.hostname, _port(parts), type=socket.SOCK_STREAM)
     for *_, name in found:
         address = ipaddress.ip_address(str(name[0]).partition("%")[0])
         if not allowed(address):
@@ -117,16 +110,36 @@ def _connect(parts: SplitResult, deadline: float, allowed: Callable[[Address], b
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
         sock.connect(name)
-        if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def _exchange(sock: socket.socket, parts: SplitResult, max_bytes: int) -> bytes | str:
-    connection = http.client.HTTPConnection(str(parts.hostname), parts.port)
+def _exchange(sock: socket.socket, parts: SplitResult, max_bytes: int, deadline: float) -> bytes | str:
+    """Speak http, or https, on a connection, which is cut at the deadline."""
+    host = str(parts.hostname)
+    with sock.dup() as other:  # a socket's own timeout counts from byte to byte: a server that drips would never end
+        cut = threading.Timer(deadline - time.monotonic(), _cut, [other])
+        cut.daemon = True
+        cut.start()
+        try:
+            if parts.scheme == "https":
+                with ssl.create_default_context().wrap_socket(sock, server_hostname=host) as secured:
+                    return _get(secured, host, parts, max_bytes)
+            return _get(sock, host, parts, max_bytes)
+        finally:
+            cut.cancel()
+            cut.join()
+
+
+def _cut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed by the other side
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _get(sock: socket.socket, host: str, parts: SplitResult, max_bytes: int) -> bytes | str:
+    connection = http.client.HTTPConnection(host, _port(parts))
     connection.sock = sock  # connected already: it will not resolve the name again
     path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
     query = f"?{quote(parts.query, safe='/%:@!$&()*+,;=~?')}" if parts.query else ""
@@ -135,7 +148,7 @@ def _exchange(sock: socket.socket, parts: SplitResult, max_bytes: int) -> bytes 
         if response.status in _REDIRECTS and (location := response.getheader("Location")):
             return location
         if response.status != 200:
-            raise ImageUnreadable(f"{parts.hostname} answers {response.status} {response.reason}")
+            raise ImageUnreadable(f"{host} answers {response.status} {response.reason}")
         if (response.length or 0) > max_bytes:
             raise too_many_bytes(response.length or 0, max_bytes)
         return _body(response, max_bytes)
@@ -150,6 +163,10 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if response.length:
         raise http.client.IncompleteRead(b"", response.length)
     return bytes(body)
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _reason(error: Exception) -> str:

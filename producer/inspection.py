@@ -14,7 +14,7 @@ Value = bytes | int | list["Value"] | dict[bytes, "Value"]
 """A reply: text, a number, a list, or a hash."""
 
 _READ: Final[dict[str, Callable[[Any, str], Any]]] = {
-    "string": lambda client, key: client.get(key),
+    "string": lambda client, key: _string(client, key),
     "hash": lambda client, key: client.hgetall(key),
     "list": lambda client, key: client.lrange(key, 0, -1),
     "set": lambda client, key: sorted(client.smembers(key)),
@@ -22,6 +22,7 @@ _READ: Final[dict[str, Callable[[Any, str], Any]]] = {
     "stream": lambda client, key: [[entry, fields] for entry, fields in client.xrange(key)],
 }
 _PATTERN: Final = frozenset("*?[")
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
 
 
 def find(client: Redis, key: str) -> dict[str, Value]:
@@ -61,6 +62,13 @@ def _value(client: Redis, name: str) -> Value | None:
     kind = as_text(client.type(name))
     value: Value | None = _READ[kind](client, name) if kind in _READ else f"(a {kind})".encode()
     return None if kind == "none" else value  # gone since the scan
+
+
+def _string(client: Redis, key: str) -> Any:
+    """Return the value, or of a picture, which nobody can read here, its size."""
+    if client.getrange(key, 0, len(_PNG) - 1) == _PNG:
+        return f"<PNG, {client.strlen(key):,} bytes>".encode()
+    return client.get(key)
 
 
 def _score(score: float) -> bytes:

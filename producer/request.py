@@ -9,7 +9,8 @@ import reprlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypedDict, cast
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 from pydantic import ValidationError
 
@@ -17,16 +18,23 @@ from common import keys
 from common.errors import InvalidRequest, Unsupported
 from common.messages import GenerateJob, Sampling
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 DEFAULT_TIMEOUT_S: Final = 3_600
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of `submit`; None always means the default.
 
+    `images` are shown before the text: `data:` URLs, bytes of a file, a `pathlib.Path`, a `PIL.Image.Image`, or http(s)
+    URLs where `RADIXQ_IMAGE_URLS` allows it; the same may stand in `messages` as the `url` of an `image_url` part.
+    Files are PNG, JPEG, WebP, GIF, and HEIC where pillow-heif is installed.
     `timeout_s` counts from the moment the worker starts the job, never the time in the queue; default one hour.
     """
 
     system: str | None
+    images: Sequence[str | bytes | PathLike[str] | Image] | None
     messages: Sequence[Mapping[str, Any]] | None
     prompt: str | None
     max_tokens: int | None
@@ -48,7 +56,7 @@ class Options(TypedDict, total=False):
 _KNOWN: Final = ("text", *Options.__annotations__)
 _LATER: Final = {
     "audio", "batch_id", "best_of", "depends_on", "echo", "expires_at", "format", "frequency_penalty",
-    "function_call", "functions", "grammar", "idempotency_key", "images", "json_schema", "logit_bias", "logprobs",
+    "function_call", "functions", "grammar", "idempotency_key", "json_schema", "logit_bias", "logprobs",
     "max_queue_length", "n", "on_failure", "on_stopped", "on_success", "parallel_tool_calls", "presence_penalty",
     "priority", "prompt_logprobs", "repetition_penalty", "response_format", "store", "stream", "stream_options",
     "suffix", "tool_choice", "tools", "top_logprobs", "user", "webhooks",
@@ -167,6 +175,9 @@ def _source(given: Mapping[str, Any]) -> str:
         raise InvalidRequest(f"give exactly one of text, messages and prompt; {what}", field=(sources or ["text"])[-1])
     if "system" in given and sources != ["text"]:
         raise InvalidRequest(f"system goes with text only; put it into {sources[0]}", field="system")
+    if "images" in given and sources != ["text"]:
+        hint = "put them into its parts" if sources == ["messages"] else "a raw prompt has none"
+        raise InvalidRequest(f"images go with text, not with {sources[0]}; {hint}", field="images")
     for name in ("text", "prompt", "system"):
         if name in given and not isinstance(given[name], str):
             raise _wrong(name, given[name], "must be a string")
@@ -182,9 +193,20 @@ def _body(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     sampling = {name: given[name] for name in Sampling.model_fields if name in given}
     body = {name: given[name] for name in GenerateJob.model_fields if name in given}
     if source == "text":
-        turns = [("system", given.get("system")), ("user", given["text"])]
+        turns = [("system", given.get("system")), ("user", _with_images(given))]
         body["messages"] = [{"role": role, "content": content} for role, content in turns if content is not None]
     return {**body, "sampling": sampling}
+
+
+def _with_images(given: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    """Return the user's text, with the pictures before it as the examples of vision models have them."""
+    images = given.get("images") or []
+    if not isinstance(images, list):
+        raise _wrong("images", images, "must be a list of pictures")
+    if not images:
+        return cast(str, given["text"])
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return [*parts, {"type": "text", "text": given["text"]}]
 
 
 def _num_chars(body: Mapping[str, Any]) -> int:
@@ -195,13 +217,8 @@ def _num_chars(body: Mapping[str, Any]) -> int:
 
 
 def _refuse_content(job: GenerateJob) -> None:
-    if job.num_images:
-        index = next(i for i, message in enumerate(job.messages or ()) if message.num_images)
-        raise Unsupported(
-            f"messages[{index}].content holds a picture; pictures are not supported by this version", field="messages"
-        )
-    if not job.num_chars:
-        raise InvalidRequest("messages hold no text", field="messages")
+    if not job.num_chars and not job.num_images:
+        raise InvalidRequest("messages hold neither text nor pictures", field="messages")
 
 
 def _queue(given: Mapping[str, Any]) -> str:

@@ -15,9 +15,10 @@ from rq.utils import as_text
 
 from common import keys
 from common.errors import BrokerUnavailable, InvalidRequest
-from common.messages import Result, Timing
+from common.messages import GenerateJob, Result, Timing
 from common.serializer import JobSerializer
 from common.settings import Settings
+from producer.album import Album, Picture, store
 from producer.broker import Broker, connect
 from producer.request import Options, Request, parse, surrogate, too_large
 from producer.ticket import Ticket
@@ -34,6 +35,7 @@ _SERVER_VERSION: Final = (5, 0, 0)  # rq < 2 asks INFO for every job unless told
 class _Draft:
     request: Request
     job: Job
+    pictures: tuple[Picture, ...]
 
 
 def submit(text: str | None = None, *, redis: str | Redis | None = None, **options: Unpack[Options]) -> Ticket:
@@ -51,7 +53,7 @@ def submit(text: str | None = None, *, redis: str | Redis | None = None, **optio
     """
     settings = Settings.from_env()
     broker = connect(redis, settings)
-    draft = _draft({"text": text, **options}, broker, settings)
+    draft = _draft({"text": text, **options}, broker, settings, Album(settings))
     _write(broker, [draft])
     return Ticket(draft.request.id, broker)
 
@@ -94,11 +96,12 @@ def _drafts(
     jobs: Iterable[str | Mapping[str, Any]], defaults: Mapping[str, Any], broker: Broker, settings: Settings
 ) -> Iterator[_Draft]:
     seen: dict[str, int] = {}
+    album = Album(settings)
     for index, job in enumerate(jobs):
         try:
             if not isinstance(job, (str, Mapping)):
                 raise InvalidRequest(f"is a {type(job).__name__}; give a text or a mapping of submit's arguments")
-            draft = _draft({**defaults, **({"text": job} if isinstance(job, str) else job)}, broker, settings)
+            draft = _draft({**defaults, **({"text": job} if isinstance(job, str) else job)}, broker, settings, album)
             first = seen.setdefault(draft.request.id, index)
             if first != index:
                 raise InvalidRequest(f"job_id={draft.request.id!r} is also the id of jobs[{first}]", field="job_id")
@@ -108,10 +111,10 @@ def _drafts(
         yield draft
 
 
-def _draft(fields: Mapping[str, Any], broker: Broker, settings: Settings) -> _Draft:
+def _draft(fields: Mapping[str, Any], broker: Broker, settings: Settings, album: Album) -> _Draft:
     """Return the checked request and the RQ job that carries it; nothing is sent."""
+    fields, pictures = album.replace(fields)
     request = parse(fields, max_bytes=settings.max_job_bytes)
-    kind = "prompt" if request.job.prompt is not None else "chat"
     job = Job.create(
         keys.GENERATE,
         args=[{"v": request.job.v, **request.job.model_dump(exclude_defaults=True)}],
@@ -120,7 +123,7 @@ def _draft(fields: Mapping[str, Any], broker: Broker, settings: Settings) -> _Dr
         id=request.id,
         origin=request.queue,
         status=JobStatus.QUEUED,
-        description=f"{kind}, {request.job.num_chars} characters",
+        description=_description(request.job),
         timeout=request.timeout_s,
         result_ttl=settings.prompt_ttl_s,
         failure_ttl=settings.prompt_ttl_s,
@@ -137,7 +140,16 @@ def _draft(fields: Mapping[str, Any], broker: Broker, settings: Settings) -> _Dr
         raise InvalidRequest(f"{field} is not plain JSON: {error}", field=field) from error
     if num_bytes > settings.max_job_bytes:
         raise too_large(request.source, num_bytes, settings.max_job_bytes)
-    return _Draft(request, job)
+    return _Draft(request, job, pictures)
+
+
+def _description(job: GenerateJob) -> str:
+    """Say what kind of job it is, and nothing of what is in it."""
+    kind = "prompt" if job.prompt is not None else "chat"
+    words = [f"{kind}, {job.num_chars} characters"]
+    if job.num_images:
+        words.append(f"{job.num_images} image{'s' if job.num_images > 1 else ''}")
+    return ", ".join(words)
 
 
 def _chunks(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
@@ -157,6 +169,7 @@ def _chunks(drafts: list[_Draft]) -> Iterator[list[_Draft]]:
 def _write(broker: Broker, drafts: list[_Draft]) -> None:
     """Write all drafts or none. A lost connection is tried once more: the reply may have been lost, not the write."""
     submitted_at = broker.now()
+    _store(broker, drafts)
     with broker.speaking() as client:
         try:
             _transaction(client, drafts, submitted_at)
@@ -165,6 +178,21 @@ def _write(broker: Broker, drafts: list[_Draft]) -> None:
         except (errors.ConnectionError, errors.TimeoutError):
             if not client.exists(keys.result(drafts[0].request.id)):
                 _transaction(client, drafts, submitted_at)
+
+
+def _store(broker: Broker, drafts: list[_Draft]) -> None:
+    """Store the pictures before the jobs that need them; again where the connection is lost, as it does no harm."""
+    needed = {draft.request.id: draft.pictures for draft in drafts if draft.pictures}
+    if not needed:
+        return
+    now_s = broker.now_s()
+    with broker.speaking() as client:
+        try:
+            store(client, needed, now_s)
+        except errors.AuthenticationError:
+            raise
+        except (errors.ConnectionError, errors.TimeoutError):
+            store(client, needed, now_s)
 
 
 def _transaction(client: Redis, drafts: list[_Draft], submitted_at: str) -> None:

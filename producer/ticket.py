@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from redis import Redis
 from redis import exceptions as errors
 from redis.client import Pipeline
+from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.registry import CanceledJobRegistry
 
-from common import keys
+from common import keys, pictures
 from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Failure, Result, Status
 from common.serializer import JobSerializer
@@ -172,6 +173,7 @@ class Ticket:
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
+        pictures.release(pipe, self.id, _digests(job), settings.prompt_ttl_s)
         key = keys.result(self.id)
         cancelled = self._cancelled(client.hget(key, "json"), now)
         pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
@@ -184,6 +186,14 @@ class Ticket:
         timing = before.timing.model_copy(update={"finished_at": now, "total_ms": total_ms})
         failure = Failure(code="cancelled", message="cancelled by the caller")
         return before.model_copy(update={"status": "cancelled", "timing": timing, "error": failure})
+
+
+def _digests(job: Job) -> tuple[str, ...]:
+    """Return the pictures that a job names, as far as it can be read."""
+    try:
+        return pictures.named(job.args[0])
+    except (DeserializationError, LookupError, TypeError):
+        return ()
 
 
 def get(job_id: str, *, redis: str | Redis | None = None) -> Ticket:

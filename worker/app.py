@@ -28,10 +28,10 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 from rq.scheduler import RQScheduler
-from rq.utils import now
+from rq.utils import as_text, now
 from rq.worker import BaseWorker, DequeueStrategy, WorkerStatus
 
-from common import keys, log
+from common import keys, log, pictures
 from common.errors import BrokerUnavailable, InternalError, RadixqError, SettingsError
 from common.serializer import JobSerializer
 from common.settings import Settings
@@ -183,6 +183,7 @@ class BatchWorker(BaseWorker):
             if self._pump is not None:
                 self._pump.renew()
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
             if self._schedule is not None:
                 self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
         except AWAY as error:

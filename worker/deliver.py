@@ -16,7 +16,7 @@ from rq.job import Job, JobStatus
 from rq.utils import now
 from rq.worker import BaseWorker
 
-from common import keys
+from common import keys, pictures
 from common.errors import Cancelled, Expired, InternalError, InvalidRequest, RadixqError, WorkerCrashed
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
@@ -73,7 +73,7 @@ class Outbox:
     def write(self, flight: Flight, pipe: Pipeline) -> None:
         """Append our hash to RQ's transaction. A job that RQ will run again has no time to live."""
         if flight.result is not None:
-            self._write(keys.result(flight.job.id), flight.result, pipe)
+            self._write(flight.job.id, flight.result, flight.digests, pipe)
 
     @property
     def waits(self) -> bool:
@@ -83,6 +83,7 @@ class Outbox:
     def abandon(self, job: QueuedJob) -> None:
         """Say in our hash what RQ is about to do with a job whose worker is gone: run it again, or fail it."""
         key, now = keys.result(job.id), self._clock.now()
+        body = job.body(self._settings.max_job_bytes)
         job.failure_ttl = self._settings.prompt_ttl_s
         ends = not job.should_retry
         result = Result(
@@ -91,21 +92,23 @@ class Outbox:
             attempts=int(self._worker.connection.hget(key, "attempts") or 1),
             error=Failure(code=WorkerCrashed.code, message="the worker that ran the job gave no more sign of life"),
             timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=iso(now) if ends else None),
-            **_labels(job.body(self._settings.max_job_bytes)),
+            **_labels(body),
         )
         with self._worker.connection.pipeline() as pipe:
-            self._write(key, result, pipe)
+            self._write(job.id, result, pictures.named(body), pipe)
             pipe.execute()
 
     def close(self) -> None:
         """Let the callbacks that already run end; drop the others."""
         self._callbacks.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, key: str, result: Result, pipe: Pipeline) -> None:
+    def _write(self, job_id: str, result: Result, digests: tuple[str, ...], pipe: Pipeline) -> None:
+        key = keys.result(job_id)
         pipe.delete(key)
         pipe.hset(key, mapping=cast(dict[Any, Any], result.to_hash()))
         if result.status != "queued":
             pipe.expire(key, self._settings.result_ttl_s)
+            pictures.release(pipe, job_id, digests, self._settings.prompt_ttl_s)
 
     def _deliver(self, flight: Flight) -> None:
         status, leased = self._books(flight)
@@ -180,9 +183,11 @@ class Outbox:
         return job
 
     def _result(self, flight: Flight, outcome: Finished | RadixqError) -> Result:
+        body = flight.job.body(self._settings.max_job_bytes)
+        flight.digests = pictures.named(body)
         common: dict[str, Any] = {
             "id": flight.job.id, "model": self.model, "worker": self._label, "attempts": flight.attempts,
-            "timing": self._timing(flight, outcome), **_labels(flight.job.body(self._settings.max_job_bytes)),
+            "timing": self._timing(flight, outcome), **_labels(body),
         }  # fmt: skip
         if isinstance(outcome, Finished):
             return Result(

@@ -114,6 +114,7 @@ class Flight:
         stopped: someone asked RQ to stop it.
         error: why there is no text, or will be none.
         result: what to write, once it is known.
+        digests: pictures that the job needs until then; known with the result.
     """
 
     job: QueuedJob
@@ -126,6 +127,7 @@ class Flight:
     stopped: bool = False
     error: RadixqError | None = None
     result: Result | None = None
+    digests: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
