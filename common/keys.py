@@ -13,6 +13,10 @@ WORKERS: Final = "radixq:workers"
 DEAD: Final = "radixq:dead"
 IMAGES: Final = "radixq:images"
 """Sorted set of the pictures that jobs need, by when that was last checked."""
+FLIGHTS: Final = "radixq:flights"
+"""The names of worker processes that have not ended in order; what each has in its hands is in `flights(name)`."""
+SUSPECTS: Final = "radixq:suspects"
+"""Jobs in flight when a worker died, each with how it may run next (see `worker/suspects.py`)."""
 METRICS_TTL_S: Final = 7 * 86_400
 WORKER_ALIVE_S: Final = 120
 """A worker whose last sign of life (its score in `WORKERS`) is older than this is taken for gone."""
@@ -28,6 +32,11 @@ def result(job_id: str) -> str:
 def metrics(worker: str) -> str:
     """Return the key of one worker's metrics hash."""
     return f"radixq:metrics:{worker}"
+
+
+def flights(worker: str) -> str:
+    """Return the key of what one worker process (by RQ's name for it) has claimed or runs."""
+    return f"{FLIGHTS}:{worker}"
 
 
 def prefixes(worker: str) -> str:

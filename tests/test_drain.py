@@ -14,7 +14,6 @@ from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
 
 from common import keys
-from common.errors import Cancelled
 from common.serializer import JobSerializer
 from common.settings import Settings
 from worker.app import BatchWorker
@@ -22,6 +21,7 @@ from worker.drain import Drain
 from worker.flight import Clock, Flight
 from worker.leases import cancelled, renew
 from worker.scout import Candidate
+from worker.suspects import Suspicion
 
 WINDOW = 50
 Result = dict[str, str]
@@ -150,22 +150,70 @@ def test_a_job_behind_the_window_stays(drain: Drain, redis: Redis, enqueue: Call
     assert len(take(drain, jobs[-2:-1])) == 1
 
 
-@pytest.mark.parametrize("how", ["canceled", "deleted"])
+@pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_a_job_that_is_cancelled_while_it_is_taken_does_not_run(
     worker: BatchWorker, redis: Redis, enqueue: Callable[..., list[Job]], how: str
 ) -> None:
     jobs = enqueue(2)
 
     class Meddling(Drain):
-        def _fetch(self, claimed: Any) -> Any:
-            fetched = super()._fetch(claimed)
-            jobs[0].cancel() if how == "canceled" else jobs[0].delete()
-            return fetched
+        def _begin(self, *arguments: Any) -> Any:
+            if jobs[0].id in waiting(redis, "first:intermediate") and redis.hget(jobs[0].key, "status") == b"queued":
+                getattr(jobs[0], how)()
+            return super()._begin(*arguments)
 
-    cancelled_flight, flight = take(Meddling(worker, Clock(), "mac", WINDOW), jobs)
-    assert isinstance(cancelled_flight.error, Cancelled)
-    assert flight.error is None
-    assert redis.hget(jobs[0].key, "status") == (b"canceled" if how == "canceled" else None)
+    drain = Meddling(worker, Clock(), "mac", WINDOW)
+    assert take(drain, jobs) == []  # somebody touched one of them: look again
+    assert drain.unsure
+    assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
+    assert redis.hget(jobs[0].key, "status") == (b"canceled" if how == "cancel" else None)
+    assert started(redis) == [jobs[1].id]
+    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+
+
+def test_an_id_that_was_queued_twice_runs_once(drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]) -> None:
+    (job,) = enqueue(1)
+    redis.rpush("rq:queue:first", job.id)
+    (flight,) = take(drain, [job])
+    assert take(drain, [job]) == []
+    assert len(started(redis)) == 1
+    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+    assert [entry.execution for entry in drain.ledger.entries()] == [flight.id]
+
+
+@pytest.mark.parametrize("status", ["finished", "failed", "stopped", "canceled"])
+def test_an_id_whose_job_has_ended_leaves_the_queue(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]], status: str
+) -> None:
+    (job,) = enqueue(1)
+    redis.hset(job.key, "status", status)
+    assert take(drain, [job]) == []
+    assert redis.hget(job.key, "status") == status.encode()
+    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+    assert drain.ledger.entries() == []
+
+
+def test_a_key_of_the_wrong_type_in_a_jobs_place_harms_nobody(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(3)
+    redis.set(keys.result(jobs[0].id), "a string")
+    redis.delete(jobs[1].key)
+    redis.rpush(jobs[1].key, "a list")
+    assert [flight.job.id for flight in take(drain, jobs)] == [jobs[0].id, jobs[2].id]
+    assert result(redis, jobs[0])["status"] == "running"
+
+
+def test_a_job_that_became_a_suspect_after_it_was_offered_goes_back(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(2)
+    redis.hset(keys.SUSPECTS, jobs[0].id, str(Suspicion(limit=1)))
+    assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
+    assert waiting(redis) == [jobs[0].id]
+    assert waiting(redis, "first:intermediate") == []
+    ((_, flight),) = drain.take([Candidate(jobs[0].id, "first", limit=1)], "tiny")
+    assert flight.limit == 1
 
 
 def test_an_id_whose_job_is_gone_leaves_the_lists(
@@ -200,7 +248,7 @@ def test_jobs_are_handed_back_to_the_head_in_the_order_they_had(
     assert fields["status"] == "queued"
     assert not fields.keys() & {"started_at", "worker", "model"}
     assert all(job.get_status() == JobStatus.QUEUED for job in jobs)
-    assert [flight.attempts for flight in take(drain, jobs[:1])] == [3]
+    assert [flight.attempts for flight in take(drain, jobs[:1])] == [1]  # nothing failed
 
 
 def test_jobs_enqueued_at_the_same_time_are_handed_back_in_the_order_they_ran(
@@ -254,7 +302,7 @@ def test_renewing_keeps_what_runs_even_after_rq_forgot_the_worker(
     redis.delete(worker.key, worker.executions_key, flights[0].execution.key)
     redis.srem("rq:workers", worker.key)
     redis.zadd("rq:wip:first", {flight.execution.composite_key: 1 for flight in flights})  # long expired
-    assert renew(worker, flights) == []
+    assert renew(worker, drain.ledger, flights) == []
     StartedJobRegistry("first", connection=redis).cleanup()
     assert len(started(redis)) == 2
     assert redis.sismember("rq:workers", worker.key)
@@ -268,7 +316,7 @@ def test_renewing_names_what_was_lost_and_does_not_bring_it_back(
     flights = take(drain, enqueue(2))
     redis.zrem("rq:wip:first", flights[0].execution.composite_key)
     redis.delete(flights[0].execution.key)
-    assert renew(worker, flights) == flights[:1]
+    assert renew(worker, drain.ledger, flights) == flights[:1]
     assert not redis.exists(flights[0].execution.key)
 
 

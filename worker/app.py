@@ -37,7 +37,9 @@ from common.serializer import JobSerializer
 from common.settings import Settings
 from worker import platform
 from worker.flight import QueuedJob
-from worker.pump import AWAY, Pump
+from worker.life import Life
+from worker.outage import is_outage
+from worker.pump import Pump
 from worker.runner import Runner
 from worker.scout import Scout
 
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 MAINTENANCE_S = 30
 SOCKET_TIMEOUT_S = 5.0
+_RELISTEN_S = 1.0
 AGAIN_S = 0.3  # a second signal this soon is the same one, delivered twice
 
 _DEFECT = "the worker's loop ended by a defect; the lines above say where"
@@ -85,6 +88,7 @@ class BatchWorker(BaseWorker):
             names = list(dict.fromkeys([*names, *_model_queues(self._settings)]))
             self._label = self._settings.worker_name or name or socket.gethostname()
             name = name or _unique(self._label)
+            self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
         super().__init__(names, name, connection=connection, prepare_for_work=prepare_for_work, **options)
         self.push_exc_handler(self._abandoned)  # type: ignore[no-untyped-call]
@@ -125,8 +129,8 @@ class BatchWorker(BaseWorker):
             scout.start()
             runner.start()
             super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
-        except AWAY as error:
-            self._pump.error = BrokerUnavailable(f"Redis went away while the worker started: {error}")
+        except redis.exceptions.RedisError as error:
+            self._pump.error = BrokerUnavailable(f"Redis failed while the worker started: {error}")
         except RadixqError as error:
             self._pump.error = error
         finally:
@@ -160,6 +164,7 @@ class BatchWorker(BaseWorker):
         flight = self._pump.flights.get(execution.id) if self._pump and execution else None
         if self._pump and flight:
             self._pump.outbox.write(flight, pipeline)
+            self._pump.ledger.remove(flight, pipeline)
             if len(self._pump.flights) == 1:
                 self.set_state(WorkerStatus.IDLE, pipeline)
 
@@ -178,15 +183,21 @@ class BatchWorker(BaseWorker):
             queue.push_job_id(job.id, at_front=True)
 
     def run_maintenance_tasks(self) -> None:
-        """Let RQ clean its registries, our own leases renewed first: it must not find us late."""
+        """Let RQ clean its registries, after our own leases are renewed, and dead workers' jobs handed back.
+
+        It would take us for late, and their crash for a failed attempt of each job.
+        """
         try:
             if self._pump is not None:
                 self._pump.renew()
+                self._pump.recover()
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
             pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
             if self._schedule is not None:
                 self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
-        except AWAY as error:
+        except redis.exceptions.RedisError as error:
+            if not is_outage(error):
+                raise
             _log.error("maintenance has to wait", extra={"error": error})
         except ValueError as error:  # an id in RQ's lists that RQ refuses
             self.last_cleaned_at = now()  # type: ignore[assignment]
@@ -199,10 +210,15 @@ class BatchWorker(BaseWorker):
             self._schedule.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
 
     def bootstrap(self, *args: Any, **options: Any) -> None:
-        """Take over from a dead predecessor, then register."""
+        """Take over from dead predecessors, then register."""
         assert self._pump is not None
         self._pump.recover()
-        super().bootstrap(*args, **options)
+        self._life.begin()
+        try:
+            super().bootstrap(*args, **options)
+        except BaseException:
+            self._life.end()
+            raise
 
     def register_birth(self) -> None:
         """Register under our name, which must be free."""
@@ -210,6 +226,8 @@ class BatchWorker(BaseWorker):
             super().register_birth()  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise SettingsError(f"{error}; start without --name and every worker gets a name of its own") from None
+        if self._pump is not None:
+            self._pump.ledger.open(self.connection)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Finish what runs, start nothing more; the second time hand back at once. Only sets flags."""
@@ -237,6 +255,11 @@ class BatchWorker(BaseWorker):
         if self._pump is not None:
             self._pump.stop_execution(execution_id)
 
+    def _pubsub_exception_handler(self, exc: Exception, *_: object) -> None:
+        """Keep listening for commands, whatever comes: RQ's thread would end on a timeout, or on a broken message."""
+        _log.warning("command channel failed, listening again", extra={"error": exc})
+        time.sleep(_RELISTEN_S)
+
     def unsubscribe(self) -> None:
         """Leave the worker's channel; unless its thread is told first, RQ waits a second for it."""
         if self.pubsub_thread is not None:
@@ -257,6 +280,10 @@ class BatchWorker(BaseWorker):
                 self._schedule.release_locks()  # type: ignore[no-untyped-call]
                 self._schedule.register_death()
             super().teardown()  # type: ignore[no-untyped-call]
+            assert self._pump is not None
+            if not self._pump.ledger.entries():  # else whoever comes next takes over
+                self._pump.ledger.close()
+                self._life.end()
         except redis.exceptions.RedisError as error:
             _log.error("could not unregister", extra={"error": error})
 
@@ -280,7 +307,7 @@ class BatchWorker(BaseWorker):
     def _set_ip_address(self, connection: Redis) -> None:
         try:
             super()._set_ip_address(connection)
-        except AWAY:
+        except redis.exceptions.RedisError:
             self.ip_address = "unknown"  # work() says properly what is wrong
 
     def _check_connection(self) -> None:

@@ -20,7 +20,9 @@ from common import keys, pictures
 from common.errors import Cancelled, Expired, InternalError, InvalidRequest, RadixqError, WorkerCrashed
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
+from worker import books
 from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker.leases import fence
 from worker.sequence import Finished
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 _log = logger("worker.deliver")
 _REFUSING: tuple[type[RadixqError], ...] = (InvalidRequest, *InvalidRequest.__subclasses__(), Expired, InternalError)
+_NO_SIGN = "the worker that ran the job gave no more sign of life"
+_GIVEN_UP = "the worker process died each time it ran this job alone, at the same point"
+_MAX_DEAD = 10_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _REFUSALS = {error.code: error for error in _REFUSING}
 
@@ -74,6 +79,7 @@ class Outbox:
         """Append our hash to RQ's transaction. A job that RQ will run again has no time to live."""
         if flight.result is not None:
             self._write(flight.job.id, flight.result, flight.digests, pipe)
+            pipe.hdel(keys.SUSPECTS, flight.job.id)  # it ended without a crash
 
     @property
     def waits(self) -> bool:
@@ -82,99 +88,143 @@ class Outbox:
 
     def abandon(self, job: QueuedJob) -> None:
         """Say in our hash what RQ is about to do with a job whose worker is gone: run it again, or fail it."""
-        key, now = keys.result(job.id), self._clock.now()
         body = job.body(self._settings.max_job_bytes)
         job.failure_ttl = self._settings.prompt_ttl_s
-        ends = not job.should_retry
-        result = Result(
-            id=job.id,
-            status="failed" if ends else "queued",
-            attempts=int(self._worker.connection.hget(key, "attempts") or 1),
-            error=Failure(code=WorkerCrashed.code, message="the worker that ran the job gave no more sign of life"),
-            timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=iso(now) if ends else None),
-            **_labels(body),
-        )
+        result = self._crashed(job, body, "queued" if job.should_retry else "failed", _NO_SIGN)
         with self._worker.connection.pipeline() as pipe:
             self._write(job.id, result, pictures.named(body), pipe)
             pipe.execute()
+
+    def bury(self, flight: Flight, pipe: Pipeline, crashes: int) -> None:
+        """Append that a job is given up: failed for RQ and for us, and listed in `radixq:dead`.
+
+        RQ's hash stays as long as the result, so that the owner can queue the job again.
+        """
+        job, body = flight.job, flight.job.body(self._settings.max_job_bytes)
+        job.ended_at, job.retries_left = now(), 0
+        job.failure_ttl = self._settings.result_ttl_s
+        result = self._crashed(job, body, "failed", f"{_GIVEN_UP}; radixq dead requeue {job.id} tries it again")
+        books.append_failure(self._worker, flight, pipe, f"{WorkerCrashed.code}: {_GIVEN_UP}", retry=False)
+        self._write(job.id, result, pictures.named(body), pipe, needed_s=self._settings.result_ttl_s)
+        fields: dict[Any, Any] = {
+            "job_id": job.id, "queue": flight.queue.name, "error_code": WorkerCrashed.code, "reason": _GIVEN_UP,
+            "crashes": crashes, "tokens": flight.tokens, "at": iso(self._clock.now()),
+        }  # fmt: skip
+        pipe.xadd(keys.DEAD, fields, maxlen=_MAX_DEAD, approximate=True)
+        _log.error("given up", extra={"job": job.id, "crashes": crashes, "code": WorkerCrashed.code})
+
+    def _crashed(self, job: QueuedJob, body: Any, status: Status, message: str) -> Result:
+        at = self._clock.now()
+        attempts = self._worker.connection.hget(keys.result(job.id), "attempts")
+        return Result(
+            id=job.id,
+            status=status,
+            attempts=int(attempts or 1),
+            error=Failure(code=WorkerCrashed.code, message=message),
+            timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=iso(at) if status == "failed" else None),
+            **_labels(body),
+        )
 
     def close(self) -> None:
         """Let the callbacks that already run end; drop the others."""
         self._callbacks.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, job_id: str, result: Result, digests: tuple[str, ...], pipe: Pipeline) -> None:
+    def _write(
+        self, job_id: str, result: Result, digests: tuple[str, ...], pipe: Pipeline, *, needed_s: int | None = None
+    ) -> None:
+        """Append the hash of a result, and let the job's pictures go: with its prompt, unless that is needed longer."""
         key = keys.result(job_id)
         pipe.delete(key)
         pipe.hset(key, mapping=cast(dict[Any, Any], result.to_hash()))
         if result.status != "queued":
             pipe.expire(key, self._settings.result_ttl_s)
-            pictures.release(pipe, job_id, digests, self._settings.prompt_ttl_s)
+            pictures.release(pipe, job_id, digests, needed_s or self._settings.prompt_ttl_s)
 
     def _deliver(self, flight: Flight) -> None:
-        status, leased = self._books(flight)
-        if status is None or status == JobStatus.CANCELED.value:
-            self._cancel(flight, status)
+        while True:
+            try:
+                with fence(self._worker, [flight]) as (pipe, held):
+                    pipe.watch(flight.job.dependents_key)  # type: ignore[no-untyped-call]
+                    self._end(flight, pipe, leased=bool(held))
+                return
+            except redis.exceptions.WatchError:  # somebody touched the job between our look and our write
+                continue
+
+    def _end(self, flight: Flight, pipe: Pipeline, *, leased: bool) -> None:
+        status = cast("bytes | None", pipe.hget(flight.job.key, "status"))
+        if status is None or status == JobStatus.CANCELED.value.encode():
+            self._cancel(flight, pipe, deleted=status is None)
         elif not leased:
-            self._drop(flight, status)
+            self._drop(flight, pipe, status.decode(errors="replace"))
         elif flight.error is None:
-            self._succeed(flight)
+            self._succeed(flight, pipe)
         else:
-            self._fail(flight, flight.error)
+            self._fail(flight, flight.error, pipe)
 
-    def _books(self, flight: Flight) -> tuple[str | None, bool]:
-        """Return RQ's status of the job, and whether this execution still holds its lease."""
-        with self._worker.connection.pipeline(transaction=False) as pipe:
-            pipe.hget(flight.job.key, "status")
-            pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
-            status, lease = pipe.execute()
-        return (status.decode() if status else None), lease is not None
-
-    def _succeed(self, flight: Flight) -> None:
+    def _succeed(self, flight: Flight, pipe: Pipeline) -> None:
         job = self._ended(flight.job)
         assert flight.result is not None
         job._result = flight.result.model_dump(mode="json", exclude_none=True)  # RQ has no public way in
-        job._status = JobStatus.FINISHED
-        self._worker.handle_job_success(job, flight.queue, flight.queue.started_job_registry, flight.execution)
-        self.jobs_finished += 1
-        self._call_back(job, "success_callback", job._result)
+        books.succeed(self._worker, flight, pipe)
+        self._delivered(flight)
 
-    def _fail(self, flight: Flight, error: RadixqError) -> None:
-        job, worker = self._ended(flight.job), self._worker
-        before = (job.retries_left, job._status)
-        if not error.retry:
-            job.retries_left = 0
-        worker._stopped_job_id = job.id if flight.stopped else None
-        worker.handle_job_failure(job, flight.queue, exc_string=f"{error.code}: {error}", execution=flight.execution)
-        if self._books(flight)[1]:  # RQ logs a failed transaction and goes on; the lease shows it
-            job.retries_left, job._status = before
-            raise redis.exceptions.ConnectionError(f"the failure of job {job.id} was not written")
-        self.jobs_failed += flight.result is not None and flight.result.status == "failed"
-        _log.warning("failed", extra={"job": job.id, "code": error.code, "retry": job.retries_left or 0})
+    def _fail(self, flight: Flight, error: RadixqError, pipe: Pipeline) -> None:
+        job = self._ended(flight.job)
+        retry = flight.result is not None and flight.result.status == "queued"
+        before = job.retries_left
+        try:
+            books.fail(self._worker, flight, pipe, f"{error.code}: {error}", retry=retry)
+        except redis.exceptions.RedisError:
+            job.retries_left = before
+            raise
+        _log.warning("failed", extra={"job": job.id, "code": error.code, "retry": job.retries_left if retry else 0})
+        self._delivered(flight)
+
+    def _delivered(self, flight: Flight) -> None:
+        """Count what is committed, and call back."""
+        job, error, result = flight.job, flight.error, flight.result
+        assert result is not None
+        if error is None:
+            self.jobs_finished += 1
+            self._call_back(job, "success_callback", job._result)
+            return
+        self.jobs_failed += result.status == "failed"
         if flight.stopped:
             self._call_back(job, "stopped_callback")
-        elif flight.result is not None and flight.result.status != "queued":
+        elif result.status != "queued":
             self._call_back(job, "failure_callback", type(error), error, None)
 
-    def _cancel(self, flight: Flight, status: str | None) -> None:
+    def _cancel(self, flight: Flight, pipe: Pipeline, *, deleted: bool) -> None:
         """End a job that was cancelled or deleted while it ran; RQ has taken it out of its registries already."""
         if flight.result is None or flight.result.status != "cancelled":
             flight.result = self._result(flight, Cancelled("the job was cancelled while it ran"))
         job = flight.job
-        with self._worker.connection.pipeline() as pipe:
-            self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
-            if status is None:
-                pipe.delete(job.key)
-            else:
-                pipe.expire(job.key, self._settings.prompt_ttl_s)
-            pipe.execute()
+        pipe.multi()
+        self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+        if deleted:
+            pipe.delete(job.key)
+        else:
+            pipe.expire(job.key, self._settings.prompt_ttl_s)
+        pipe.execute()
 
-    def _drop(self, flight: Flight, status: str) -> None:
+    def _drop(self, flight: Flight, pipe: Pipeline, status: str) -> None:
         """Forget a result whose job is somebody else's by now, or which is already written."""
-        _log.warning("lease lost: dropping result", extra={"job": flight.job.id, "rq_status": status})
-        flight.result = None
-        with self._worker.connection.pipeline() as pipe:
-            self._worker.cleanup_execution(flight.job, pipeline=pipe, execution=flight.execution)
-            pipe.execute()
+        written = self._is_written(flight)
+        if not written:
+            _log.warning("lease lost: dropping result", extra={"job": flight.job.id, "rq_status": status})
+        result, flight.result = flight.result, None
+        pipe.multi()
+        self._worker.cleanup_execution(flight.job, pipeline=pipe, execution=flight.execution)
+        pipe.execute()
+        flight.result = result
+        if written:
+            self._delivered(flight)
+
+    def _is_written(self, flight: Flight) -> bool:
+        """Whether this very result is in Redis: the transaction went through, and its answer was lost."""
+        assert flight.result is not None
+        json = self._worker.connection.hget(keys.result(flight.job.id), "json")
+        return json == flight.result.to_hash()["json"].encode()
 
     def _ended(self, job: Job) -> Job:
         """Stamp the end; RQ's hash holds the prompt, so it stays for a shorter time than our result."""

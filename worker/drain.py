@@ -6,28 +6,32 @@ Everything here is RQ's bookkeeping: it knows no model, no prompt and no result 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
+from redis.exceptions import WatchError
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
-from rq.executions import Execution
+from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
 from rq.queue import Queue
 from rq.worker import BaseWorker, WorkerStatus
 
 from common import keys
-from common.errors import Cancelled
 from common.log import logger
 from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker.leases import LEASE_S, fence
+from worker.ledger import Entry, Ledger, field
+from worker.suspects import Suspicion
 
 if TYPE_CHECKING:
+    from redis.client import Pipeline
+
     from worker.scout import Candidate
 
-LEASE_S = 90
-"""A job whose worker has not renewed its lease for this long is taken for abandoned, by any RQ worker."""
-
 _log = logger("worker.drain")
+_ENDED = {status.value for status in (JobStatus.CANCELED, JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)}
 _DAMAGED = (AssertionError, ValueError, KeyError, TypeError, NoSuchJobError, TimeoutFormatError)
 _OF_AN_ATTEMPT = (
     "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens", "error_code",
@@ -37,21 +41,35 @@ _OF_AN_ATTEMPT = (
 # Claims what still waits near the head. LPOS first: LREM of an id that is gone would scan the whole list.
 _CLAIM = """
 local claimed = {}
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   if redis.call('LPOS', KEYS[1], ARGV[i], 'MAXLEN', ARGV[1]) then
     redis.call('LREM', KEYS[1], 1, ARGV[i])
     redis.call('RPUSH', KEYS[2], ARGV[i])
+    redis.call('HSET', KEYS[3], ARGV[i] .. ':', ARGV[2])
     claimed[#claimed + 1] = ARGV[i]
   end
 end
 return claimed
 """
-# Undoes a claim whose answer never came. A job that somebody runs is in no list.
+# Undoes a claim whose answer never came, or whose worker died. A job that somebody runs is in no list.
 _UNCLAIM = """
 for i = #ARGV, 1, -1 do
-  if redis.call('LREM', KEYS[2], 1, ARGV[i]) == 1 then redis.call('LPUSH', KEYS[1], ARGV[i]) end
+  if redis.call('LREM', KEYS[2], 1, ARGV[i]) == 1 then
+    redis.call('LPUSH', KEYS[1], ARGV[i])
+    redis.call('HDEL', KEYS[3], ARGV[i] .. ':')
+  end
 end
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Claimed:
+    """A claimed job that may run, as it was read under WATCH; `spoiled`: its result's key holds something else."""
+
+    candidate: Candidate
+    job: QueuedJob
+    suspicion: Suspicion | None
+    spoiled: bool
 
 
 class Drain:
@@ -68,16 +86,23 @@ class Drain:
         self._unclaim_script = self._connection.register_script(_UNCLAIM)
         self._unsure: dict[str, list[str]] = {}
         self._unsure_flights: list[Flight] = []
+        self.ledger = Ledger(self._connection, worker.name)
 
     def take(self, candidates: Sequence[Candidate], model: str) -> list[tuple[Candidate, Flight]]:
         """Claim the candidates and start those that nobody else took; one transaction for all of them.
 
-        When a Redis error ends it half way, the next call gives back what may have been taken.
+        When a Redis error ends it half way, or somebody moves one of the jobs meanwhile, the next call gives back what
+        may have been taken.
         """
         self.settle()
         claimed = self._claim(candidates)
-        jobs = self._fetch(claimed)
-        taken = self._start([(c, job) for c, job in zip(claimed, jobs, strict=True) if job is not None], model)
+        if claimed:
+            try:
+                taken = self._start(claimed, model)
+            except WatchError:
+                return []
+        else:
+            taken = []
         self._unsure, self._unsure_flights = {}, []
         return taken
 
@@ -92,9 +117,13 @@ class Drain:
             self.hand_back(self._unsure_flights)
             self._unsure_flights = []
         for name, ids in self._unsure.items():
-            queue = self._queues[name]
-            self._unclaim_script(keys=[queue.key, queue.intermediate_queue_key], args=ids)
+            self.unclaim(name, ids, self.ledger)
         self._unsure = {}
+
+    def unclaim(self, queue_name: str, ids: Sequence[str], ledger: Ledger) -> None:
+        """Put jobs that were claimed and not started back to the head of their queue."""
+        queue = self._queues[queue_name]
+        self._unclaim_script(keys=[queue.key, queue.intermediate_queue_key, ledger.key], args=ids)
 
     def _claim(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         by_queue: dict[str, list[str]] = {}
@@ -104,23 +133,58 @@ class Drain:
         ours: set[str] = set()
         for name, ids in by_queue.items():
             queue = self._queues[name]
-            answer = self._claim_script(keys=[queue.key, queue.intermediate_queue_key], args=[self._window_jobs, *ids])
+            lists = [queue.key, queue.intermediate_queue_key, self.ledger.key]
+            answer = self._claim_script(keys=lists, args=[self._window_jobs, Entry("", "", name).text, *ids])
             ours.update(job_id.decode() for job_id in cast(list[bytes], answer))
         return [candidate for candidate in candidates if candidate.job_id in ours]
 
-    def _fetch(self, claimed: Sequence[Candidate]) -> list[QueuedJob | None]:
-        """Read the jobs; None for one whose hash is gone, which then leaves RQ's lists for good."""
+    def _start(self, claimed: Sequence[Candidate], model: str) -> list[tuple[Candidate, Flight]]:
+        """Start what may run and let go of the rest, unless somebody touches any of these jobs meanwhile."""
+        with self._connection.pipeline() as pipe:
+            pipe.watch(self.ledger.key, *(QueuedJob.key_for(candidate.job_id) for candidate in claimed))  # type: ignore[no-untyped-call]
+            ready = self._look(claimed)
+            pipe.multi()
+            for candidate in claimed:
+                if candidate.job_id not in ready:
+                    self._let_go(candidate, pipe)
+            for item in [item for item in ready.values() if item.suspicion and not item.candidate.limit]:
+                # It became a suspect after it was offered as a job like any other: let the scout look again.
+                self._let_go(item.candidate, pipe)
+                self._queues[item.candidate.queue].push_job_id(item.job.id, pipeline=pipe, at_front=True)
+                del ready[item.job.id]
+            taken, marks = self._begin(ready.values(), model, pipe)
+            self._unsure_flights = [flight for _, flight in taken]
+            replies = pipe.execute()
+        for (_, flight), mark in zip(taken, marks, strict=True):
+            self._complete(flight, *replies[mark : mark + 3])
+        return taken
+
+    def _look(self, claimed: Sequence[Candidate]) -> dict[str, _Claimed]:
+        """Read the claimed jobs and return those that may run, by id."""
         with self._connection.pipeline(transaction=False) as pipe:
             for candidate in claimed:
                 pipe.hgetall(QueuedJob.key_for(candidate.job_id))
-            hashes = pipe.execute()
-        jobs: list[QueuedJob | None] = []
-        for candidate, raw in zip(claimed, hashes, strict=True):
-            queue = self._queues[candidate.queue]
-            jobs.append(self.restore(candidate.job_id, queue, raw) if raw else None)
-            if not raw:
-                self._connection.lrem(queue.intermediate_queue_key, 1, candidate.job_id)
-        return jobs
+                pipe.type(keys.result(candidate.job_id))
+                pipe.hget(keys.SUSPECTS, candidate.job_id)
+                pipe.zcount(ExecutionRegistry(candidate.job_id, self._connection).key, time.time(), "+inf")
+                pipe.hexists(self.ledger.key, field(candidate.job_id))
+            replies = pipe.execute(raise_on_error=False)
+        ready: dict[str, _Claimed] = {}
+        for candidate, *found in zip(claimed, *(replies[n::5] for n in range(5)), strict=True):
+            raw, kind, suspicion, executions, ours = found
+            why_not = _why_not(raw, executions, ours)
+            if why_not:
+                _log.warning("not started", extra={"job": candidate.job_id, "reason": why_not})
+                continue
+            job = self.restore(candidate.job_id, self._queues[candidate.queue], raw)
+            spoiled = kind not in (b"hash", b"none")
+            ready[job.id] = _Claimed(candidate, job, Suspicion.parse(suspicion), spoiled)
+        return ready
+
+    def _let_go(self, candidate: Candidate, pipe: Pipeline) -> None:
+        """Take a job that must not run out of RQ's lists and our hands; its own record stays as it is."""
+        pipe.lrem(self._queues[candidate.queue].intermediate_queue_key, 1, candidate.job_id)
+        pipe.hdel(self.ledger.key, field(candidate.job_id))
 
     def restore(self, job_id: str, queue: Queue, raw: Mapping[bytes, bytes]) -> QueuedJob:
         """Make RQ's job of its hash; of a damaged one, a job that can at least be failed."""
@@ -136,10 +200,12 @@ class Drain:
         job.redis_server_version = self._worker.get_redis_server_version()  # type: ignore[no-untyped-call]
         return job
 
-    def _start(self, ready: Sequence[tuple[Candidate, QueuedJob]], model: str) -> list[tuple[Candidate, Flight]]:
+    def _begin(
+        self, ready: Iterable[_Claimed], model: str, pipe: Pipeline
+    ) -> tuple[list[tuple[Candidate, Flight]], list[int]]:
+        """Append the start of every job; return them, and where in the transaction each one's begins."""
         taken: list[tuple[Candidate, Flight]] = []
-        if not ready:
-            return taken
+        marks = []
         started_at = self._clock.now()
         running: dict[Any, Any] = {
             "status": "running",
@@ -147,70 +213,85 @@ class Drain:
             "worker": self._label,
             "model": model,
         }
-        marks = []
-        with self._connection.pipeline() as pipe:
-            for candidate, job in ready:
-                queue, key = self._queues[candidate.queue], keys.result(job.id)
-                marks.append(len(pipe))
-                pipe.hget(job.key, "status")
-                pipe.hincrby(key, "attempts", 1)
-                pipe.hsetnx(key, "submitted_at", iso(enqueued_at(job)))
-                pipe.hget(key, "submitted_at")
-                pipe.hset(key, mapping=running)
-                pipe.hdel(key, *_OF_AN_ATTEMPT)
-                pipe.persist(key)
-                execution = Execution.create(job, LEASE_S, pipeline=pipe, worker_name=self._worker.name)
-                job.prepare_for_execution(self._worker.name, pipeline=pipe)
-                pipe.persist(job.key)
-                pipe.lrem(queue.intermediate_queue_key, 1, job.id)
-                taken.append((candidate, Flight(job, queue, execution, started_at=started_at)))
+        for item in ready:
+            job, queue, key = item.job, self._queues[item.candidate.queue], keys.result(item.job.id)
+            if item.spoiled:
+                pipe.delete(key)
+            marks.append(len(pipe))
+            pipe.hincrby(key, "attempts", 1)
+            pipe.hsetnx(key, "submitted_at", iso(enqueued_at(job)))
+            pipe.hget(key, "submitted_at")
+            pipe.hset(key, mapping=running)
+            pipe.hdel(key, *_OF_AN_ATTEMPT)
+            pipe.persist(key)
+            execution = Execution.create(job, LEASE_S, pipeline=pipe, worker_name=self._worker.name)
+            job.prepare_for_execution(self._worker.name, pipeline=pipe)
+            pipe.persist(job.key)
+            pipe.lrem(queue.intermediate_queue_key, 1, job.id)
+            flight = Flight(job, queue, execution, started_at=started_at, suspicion=item.suspicion)
+            pipe.hdel(self.ledger.key, field(job.id))
+            self.ledger.write(flight, pipe)
+            taken.append((item.candidate, flight))
+        if taken:
             self._worker.heartbeat(LEASE_S, pipeline=pipe)
             self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
-            self._unsure_flights = [flight for _, flight in taken]
-            replies = pipe.execute()
-        for (_, flight), mark in zip(taken, marks, strict=True):
-            self._complete(flight, *replies[mark : mark + 4])
-        return taken
+        return taken, marks
 
-    def _complete(self, flight: Flight, status: bytes | None, attempts: int, _: int, submitted_at: bytes) -> None:
-        """Fill in what the transaction answered; put back the status of a job that was cancelled meanwhile."""
-        job = flight.job
+    def _complete(self, flight: Flight, attempts: int, _: int, submitted_at: bytes) -> None:
+        """Fill in what the transaction answered."""
         flight.attempts = attempts
         flight.submitted_at = _parse(submitted_at, flight.started_at)
-        timeout = job.timeout or Queue.DEFAULT_TIMEOUT
+        timeout = flight.job.timeout or Queue.DEFAULT_TIMEOUT
         flight.deadline = time.monotonic() + timeout if timeout > 0 else float("inf")
         self._worker.executions[flight.id] = flight.execution
-        if status is None or status == b"canceled":
-            flight.error = Cancelled("the job was cancelled before it started")
-            if status is None:
-                self._connection.delete(job.key)
-            else:
-                self._connection.hset(job.key, "status", status)
 
     def hand_back(self, flights: Sequence[Flight]) -> int:
-        """Put jobs that did not finish back to the head of their queues, in their order; return how many."""
-        ours, _ = split(self._worker, flights)  # not what was cancelled or given to another worker meanwhile
-        with self._connection.pipeline() as pipe:
-            for flight in sorted(ours, key=lambda flight: enqueued_at(flight.job))[::-1]:  # equal times stay in order
-                job, key = flight.job, keys.result(flight.job.id)
-                self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
-                job.set_status(JobStatus.QUEUED, pipeline=pipe)
-                pipe.hdel(job.key, "started_at", "worker_name")
-                flight.queue.push_job_id(job.id, pipeline=pipe, at_front=True)
-                pipe.hset(key, "status", "queued")
-                pipe.hdel(key, "started_at", "worker", "model")
-            pipe.execute()
-        return len(ours)
+        """Put jobs that did not finish back to the head of their queues, in their order; return how many.
+
+        What was cancelled or given to another worker meanwhile stays where it is. The attempt does not count.
+        """
+        while flights:
+            try:
+                with fence(self._worker, flights) as (pipe, held):
+                    pipe.multi()
+                    for flight in reversed(in_order(held)):
+                        pipe.hincrby(keys.result(flight.job.id), "attempts", -1)
+                        self.put_back(flight, self.ledger, pipe)
+                    for flight in flights:
+                        self.ledger.remove(flight, pipe)
+                    pipe.execute()
+                return len(held)
+            except WatchError:
+                continue
+        return 0
+
+    def put_back(self, flight: Flight, ledger: Ledger, pipe: Pipeline) -> None:
+        """Append that a job leaves its worker and waits at the head of its queue."""
+        job, key = flight.job, keys.result(flight.job.id)
+        self._worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+        ledger.remove(flight, pipe)
+        job.set_status(JobStatus.QUEUED, pipeline=pipe)
+        pipe.hdel(job.key, "started_at", "worker_name")
+        flight.queue.push_job_id(job.id, pipeline=pipe, at_front=True)
+        pipe.hset(key, "status", "queued")
+        pipe.hdel(key, "started_at", "worker", "model")
 
 
-def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
-    """Return the flights whose lease is still ours, and the others."""
-    with worker.connection.pipeline(transaction=False) as pipe:
-        for flight in flights:
-            pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
-        leased = [score is not None for score in pipe.execute()]
-    held = [flight for flight, ours in zip(flights, leased, strict=True) if ours]
-    return held, [flight for flight, ours in zip(flights, leased, strict=True) if not ours]
+def in_order(flights: Iterable[Flight]) -> list[Flight]:
+    """Return the flights in the order in which their jobs came; equal times stay as they are."""
+    return sorted(flights, key=lambda flight: enqueued_at(flight.job))
+
+
+def _why_not(raw: Any, executions: Any, ours: Any) -> str:
+    """Say why a claimed job must not be started; nothing if it may."""
+    if not ours:
+        return "somebody took it back"
+    if not isinstance(raw, dict) or not raw:
+        return "it has no record in RQ"
+    status = raw.get(b"status", b"").decode(errors="replace")
+    if status == JobStatus.STARTED and executions:
+        return "it runs already: its id was queued twice"
+    return f"it is {status}" if status in _ENDED else ""
 
 
 def _parse(written: bytes, default: float) -> float:

@@ -9,17 +9,22 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, ClassVar
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from redis import Redis
 from rq.executions import Execution
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.utils import now
 
 from common.errors import RadixqError
 from common.messages import Result
 from common.serializer import JobSerializer
+from worker.suspects import Suspicion
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
 
 
 class QueuedJob(Job):
@@ -68,6 +73,17 @@ class QueuedJob(Job):
         """The callback, if the worker's owner listed it."""
         return super().stopped_callback if self._stopped_callback_name in self.callbacks else None
 
+    def retry(self, queue: Queue, pipeline: Pipeline) -> None:
+        """Spend a retry: queue the job again, or schedule it. RQ's own writes partly outside the transaction."""
+        interval = self.get_retry_interval()
+        assert self.retries_left
+        self.retries_left -= 1
+        if interval:
+            self.set_status(JobStatus.SCHEDULED, pipeline=pipeline)
+            queue.schedule_job(self, now() + timedelta(seconds=interval), pipeline=pipeline)
+        else:
+            queue._enqueue_job(self, pipeline=pipeline, at_front=bool(self.enqueue_at_front_on_retry))
+
     def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
         """Send none."""
 
@@ -112,6 +128,9 @@ class Flight:
         submitted_at, started_at: seconds since the epoch by the server's clock.
         deadline: `time.monotonic()` at which the job has run for its timeout.
         stopped: someone asked RQ to stop it.
+        suspicion: what is held against the job because of earlier crashes.
+        tokens: how many had been generated when this was last recorded; only of a job that runs alone.
+        guilty: it crashed too many workers, and is given up.
         error: why there is no text, or will be none.
         result: what to write, once it is known.
         digests: pictures that the job needs until then; known with the result.
@@ -125,6 +144,9 @@ class Flight:
     attempts: int = 1
     deadline: float = float("inf")
     stopped: bool = False
+    suspicion: Suspicion | None = None
+    tokens: int = 0
+    guilty: bool = False
     error: RadixqError | None = None
     result: Result | None = None
     digests: tuple[str, ...] = ()
@@ -133,3 +155,8 @@ class Flight:
     def id(self) -> str:
         """The execution's id: unlike the job's it is new with every attempt."""
         return self.execution.id
+
+    @property
+    def limit(self) -> int:
+        """How many jobs may run at once while this one does; 0: it is above suspicion."""
+        return self.suspicion.limit if self.suspicion else 0

@@ -1,27 +1,54 @@
-"""Keep what this worker runs in its name: renew leases, notice cancelled jobs, take over from a dead predecessor.
+"""Keep what this worker runs in its name: renew leases, notice cancelled jobs, never write for a job that is not ours.
 
 RQ's books only; knows no results and no engine.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rq.executions import Execution
 from rq.job import JobStatus
 from rq.worker import BaseWorker
-from rq.worker_registration import get_keys, register, unregister
+from rq.worker_registration import register
 
-from common.log import logger
-from worker.drain import LEASE_S, Drain, split
-from worker.flight import Flight, QueuedJob
+from worker.flight import Flight
+from worker.ledger import Ledger
 
-_log = logger("worker.leases")
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+LEASE_S = 90
+"""A job whose worker has not renewed its lease for this long is taken for abandoned, by any RQ worker."""
 
 
-def renew(worker: BaseWorker, flights: Sequence[Flight]) -> list[Flight]:
+@contextmanager
+def fence(worker: BaseWorker, flights: Sequence[Flight]) -> Iterator[tuple[Pipeline, list[Flight]]]:
+    """Give a pipeline and those of the flights whose lease is ours; what is then written fails if that has changed.
+
+    The job and its execution are watched before the lease is looked at: whoever takes a job away, RQ's own maintenance
+    included, writes to one of them in the transaction in which it ends the lease.
+
+    Raises:
+        redis.exceptions.WatchError: on execute, if so; look again.
+    """
+    with worker.connection.pipeline() as pipe:
+        pipe.watch(*(key for flight in flights for key in (flight.job.key, flight.execution.key)))  # type: ignore[no-untyped-call]
+        yield pipe, split(worker, flights)[0]
+
+
+def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
+    """Return the flights whose lease is still ours, and the others."""
+    with worker.connection.pipeline(transaction=False) as pipe:
+        for flight in flights:
+            pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
+        leased = [score is not None for score in pipe.execute()]
+    held = [flight for flight, ours in zip(flights, leased, strict=True) if ours]
+    return held, [flight for flight, ours in zip(flights, leased, strict=True) if not ours]
+
+
+def renew(worker: BaseWorker, ledger: Ledger, flights: Sequence[Flight]) -> list[Flight]:
     """Say that the worker and all it runs are alive; return the flights that were taken from it meanwhile.
 
     Everything is written anew: after a long sleep of the machine RQ may have forgotten the worker.
@@ -29,6 +56,7 @@ def renew(worker: BaseWorker, flights: Sequence[Flight]) -> list[Flight]:
     held, lost = split(worker, flights)
     with worker.connection.pipeline() as pipe:
         register(worker, pipe)
+        ledger.open(pipe)
         worker.heartbeat(LEASE_S, pipeline=pipe)
         pipe.hset(worker.key, mapping={**worker.serialize(), "state": worker.get_state()})
         pipe.expire(worker.key, LEASE_S)
@@ -49,40 +77,3 @@ def cancelled(worker: BaseWorker, flights: Sequence[Flight]) -> list[Flight]:
         statuses = pipe.execute()
     gone = (None, JobStatus.CANCELED.value.encode())
     return [flight for flight, status in zip(flights, statuses, strict=True) if status in gone]
-
-
-def recover(worker: BaseWorker, drain: Drain) -> int:
-    """Hand back what workers of this machine ran when they died; return how many jobs that were.
-
-    Without it those jobs wait for the end of their lease, and RQ takes the crash for a failed attempt.
-    """
-    jobs = 0
-    for dead in _dead_workers(worker):
-        orphans = [_orphan(worker, drain, execution) for execution in dead.get_current_executions(refresh=True)]
-        if worker.connection.delete(dead.key):  # one recovering worker of several gets them
-            jobs += drain.hand_back([orphan for orphan in orphans if orphan is not None])
-            unregister(dead)
-            _log.warning("took over from a dead worker", extra={"worker": dead.name, "jobs": jobs})
-    return jobs
-
-
-def _dead_workers(worker: BaseWorker) -> list[BaseWorker]:
-    names = {name for queue in worker.queues for name in get_keys(queue)}
-    known = (BaseWorker.find_by_key(name, worker.connection, serializer=worker.serializer) for name in sorted(names))
-    return [other for other in known if other and other.hostname == worker.hostname and not _alive(other.pid)]
-
-
-def _orphan(worker: BaseWorker, drain: Drain, execution: Execution) -> Flight | None:
-    raw = cast(dict[bytes, bytes], worker.connection.hgetall(QueuedJob.key_for(execution.job_id)))
-    queue = next((queue for queue in worker.queues if queue.name.encode() == raw.get(b"origin")), None)
-    return Flight(drain.restore(execution.job_id, queue, raw), queue, execution) if queue else None
-
-
-def _alive(pid: int | None) -> bool:
-    try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,7 +1,7 @@
 """The worker's step: engine and scout on one side, Redis on the other, many jobs at once in between.
 
 Runs in the main thread and never waits longer than `TICK_S`. Knows when what is due, not how it is done: that is in
-`drain`, `leases`, `deliver` and `metrics`.
+`drain`, `leases`, `takeover`, `deliver` and `metrics`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from worker import leases
 from worker.deliver import Outbox, refused
 from worker.drain import Drain
 from worker.flight import Clock, Flight
+from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
+from worker.outage import is_outage
 from worker.sequence import Died, Event, Finished, Ready
+from worker.suspects import may_join
+from worker.takeover import Takeover
 
 if TYPE_CHECKING:
     from common.settings import Settings
@@ -38,12 +42,6 @@ POLL_S = 0.5  # cancelled jobs, `rq suspend`
 BEAT_S = 10.0  # well inside the lease
 BACKOFF_S = 5.0
 BATCH = 16  # jobs started, and results written, between two looks at the engine
-AWAY = (
-    redis.exceptions.ConnectionError,
-    redis.exceptions.TimeoutError,
-    redis.exceptions.OutOfMemoryError,
-    redis.exceptions.ReadOnlyError,
-)
 
 _log = logger("worker.pump")
 
@@ -61,11 +59,13 @@ class Pump:
         self._clock = Clock()
         self._drain = Drain(worker, self._clock, label, settings.window_jobs)
         self._outbox = Outbox(worker, settings, self._clock, label)
+        self._takeover = Takeover(worker, self._drain, settings.home, self._outbox.bury)
         self._metrics = Metrics(worker.connection, label, self._clock)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
         self._stops: SimpleQueue[str] = SimpleQueue()
-        self._ready = self._suspended = self._stopping = self._hurry = False
+        self._ready = self._suspended = self._stopping = self._hurry = self._crashed = False
+        self._alone, self._decoded_before = "", 0
         self._stopping_since = self._away_until = self._away_s = 0.0
         self._active_at = time.monotonic()
         self.flights: dict[str, Flight] = {}
@@ -93,12 +93,12 @@ class Pump:
         self._stops.put(execution_id)
 
     def recover(self) -> None:
-        """Take over from a dead predecessor on this machine."""
-        leases.recover(self._worker, self._drain)
+        """Take over from dead workers."""
+        self._takeover.look()
 
     def renew(self) -> None:
         """Renew all leases; what was taken away is given up (its delivery finds out who has it)."""
-        for flight in leases.renew(self._worker, list(self.flights.values())):
+        for flight in leases.renew(self._worker, self._drain.ledger, list(self.flights.values())):
             self._end(flight, Cancelled("the job was taken from this worker"))
 
     def close(self) -> None:
@@ -110,6 +110,11 @@ class Pump:
             steps.callback(self._outbox.close)
             for step in (lambda: self._publish("stopped"), self._hand_back, self._deliver_all, self._drain.settle):
                 steps.callback(self._last, step)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What this worker has in its hands, as it is written in Redis."""
+        return self._drain.ledger
 
     @property
     def outbox(self) -> Outbox:
@@ -148,7 +153,9 @@ class Pump:
         if self._beat.due():
             self._clock.sync(self._worker.connection)
             self.renew()
+            self.recover()
         self._deliver()
+        self._record()
         if self._poll.due():
             self._look()
         if self._second.due():
@@ -181,7 +188,7 @@ class Pump:
             self._active_at = time.monotonic()
             _log.info("ready", extra={"model": event.model, "notes": "; ".join(event.notes)})
         elif isinstance(event, Died):
-            self.error = event.error
+            self.error, self._crashed = event.error, self._ready
         elif event.id in self.flights:
             self._outbox.put(self.flights[event.id], event if isinstance(event, Finished) else event.error)
 
@@ -195,15 +202,28 @@ class Pump:
         if not self._open:
             self._scout.settled([candidate.job_id for candidate in self._offers])
             self._offers = []
-        batch, self._offers = self._offers[: min(room, BATCH)], self._offers[min(room, BATCH) :]
+        batch = self._next(room)
         if not batch:
             return
+        self._offers = self._offers[len(batch) :]
         try:
             taken = self._drain.take(batch, self._outbox.model)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
         for candidate, flight in taken:
             self._launch(candidate, flight)
+
+    def _next(self, room: int) -> list[Candidate]:
+        """Return what may be started now, in order: suspects first, and never more at once than their limits allow."""
+        self._offers.sort(key=lambda candidate: -candidate.limit)
+        running = [flight.limit for flight in self.flights.values()]
+        batch: list[Candidate] = []
+        for candidate in self._offers[: min(room, BATCH)]:
+            if not may_join(candidate.limit, running):
+                break
+            running.append(candidate.limit)
+            batch.append(candidate)
+        return batch
 
     @property
     def _open(self) -> bool:
@@ -216,14 +236,11 @@ class Pump:
 
     def _backlog(self, max_jobs: int | None) -> bool:
         """Whether there is more to do with Redis at once."""
-        return not self._away_s and (self._outbox.waits or (bool(self._offers) and self._room(max_jobs) > 0))
+        return not self._away_s and (self._outbox.waits or bool(self._next(self._room(max_jobs))))
 
     def _launch(self, candidate: Candidate, flight: Flight) -> None:
         self.flights[flight.id] = flight
         self._active_at = time.monotonic()
-        if flight.error is not None:
-            self._outbox.put(flight, flight.error)
-            return
         self.started += 1
         if candidate.prompt is None:
             self._outbox.put(flight, refused(candidate.refusal))
@@ -235,6 +252,19 @@ class Pump:
             self.flights.pop(flight.id, None)
             self._active_at = time.monotonic()
 
+    def _record(self) -> None:
+        """Write down how far a job came that runs alone: should it end this process, it is known where."""
+        if len(self.flights) != 1:
+            self._alone = ""
+            return
+        (flight,) = self.flights.values()
+        decoded = self._runner.stats().decoded_tokens
+        if self._alone != flight.id:
+            self._alone, self._decoded_before = flight.id, decoded
+        if flight.tokens != decoded - self._decoded_before:
+            flight.tokens = decoded - self._decoded_before
+            self._drain.ledger.record(flight)
+
     def _deliver_all(self) -> None:
         while self._outbox.waits:
             self._deliver()
@@ -244,7 +274,7 @@ class Pump:
         for flight in flights:
             self._runner.abort(flight.id)
             flight.result = None
-        handed_back = self._drain.hand_back(flights) if flights else 0
+        handed_back = (self._takeover.suspect if self._crashed else self._drain.hand_back)(flights)
         self.flights.clear()
         _log.info("stopped", extra={"handed_back": handed_back, "started": self.started})
 
@@ -271,7 +301,9 @@ class Pump:
             return
         try:
             exchange()
-        except AWAY as error:
+        except redis.exceptions.RedisError as error:
+            if not is_outage(error):
+                raise
             _log.error("redis is away, going on without", extra={"error": error, "running": len(self.flights)})
             self._scout.want(0)
             self._away_s = min(BACKOFF_S, 2 * self._away_s or TICK_S)

@@ -25,6 +25,7 @@ from common.settings import Settings
 from worker.group import Plan, Waiting
 from worker.prepare import prepare, read_job, seeded, too_large
 from worker.sequence import Prompt
+from worker.suspects import Suspicion
 
 if TYPE_CHECKING:
     from worker.model import LoadedTokenizer
@@ -41,13 +42,15 @@ _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the fir
 class Candidate:
     """A waiting job that should go next: exactly one of `prompt` and `refusal` is set.
 
-    A refusal is claimed like any other and then failed with its code.
+    A refusal is claimed like any other and then failed with its code. `limit`: how many jobs may run at once with it,
+    if it is suspected of having crashed a worker; else 0.
     """
 
     job_id: str
     queue: str
     prompt: Prompt | None = None
     refusal: Failure | None = None
+    limit: int = 0
 
 
 class Window:
@@ -66,7 +69,8 @@ class Window:
         self._redis = client
         self._queues = tuple(queues)
         self.queue_keys = [Queue(name, connection=client).key for name in queues]
-        self._plan = Plan(len(queues))
+        self._plan = Plan(1 + len(queues))  # suspects go first
+        self._suspects: dict[str, int] = {}  # and how many may run at once with each
         self._home: dict[str, int] = {}
         self._unread: deque[tuple[str, int]] = deque()
         self._raw: deque[tuple[str, bytes]] = deque()
@@ -155,15 +159,16 @@ class Window:
         """Return candidates so that `want` are offered and not settled."""
         room = max(0, want - len(self._offered))
         refused = list(self._refused)[:room]
-        offers = [
-            Candidate(job_id, self._queues[self._home[job_id]], refusal=self._refused.pop(job_id)) for job_id in refused
-        ]
+        offers = [self._candidate(job_id, refusal=self._refused.pop(job_id)) for job_id in refused]
         more = bool(self._unread or self._raw) or sum(self._ends[::3]) > self._settings.window_jobs
         for choice in self._plan.next(room - len(refused), more=more):
             prompt = Prompt(choice.tokens, self._sampling.pop(choice.id), choice.branches)
-            offers.append(Candidate(choice.id, self._queues[self._home[choice.id]], prompt))
+            offers.append(self._candidate(choice.id, prompt))
         self._offered.update(candidate.job_id for candidate in offers)
         return offers
+
+    def _candidate(self, job_id: str, prompt: Prompt | None = None, refusal: Failure | None = None) -> Candidate:
+        return Candidate(job_id, self._queues[self._home[job_id]], prompt, refusal, self._suspects.get(job_id, 0))
 
     def settle(self, job_ids: Sequence[str]) -> None:
         """Forget offered jobs; the next look finds out whether they still wait."""
@@ -177,7 +182,12 @@ class Window:
         with self._redis.pipeline(transaction=False) as pipe:
             for key in self.queue_keys:
                 pipe.lrange(key, 0, most - 1)
-            listed = pipe.execute()
+            pipe.hgetall(
+                keys.SUSPECTS
+            )  # after the ids: a job comes back to its queue together with what is held against it
+            *listed, suspects = pipe.execute()
+        known = {job_id.decode(): Suspicion.parse(text) for job_id, text in suspects.items()}
+        self._suspects = {job_id: suspicion.limit for job_id, suspicion in known.items() if suspicion}
         present: dict[str, int] = {}
         for queue, ids in enumerate(listed):
             for raw_id in ids[: most - len(present)]:
@@ -197,7 +207,8 @@ class Window:
             self._refuse(job_id, error)
         else:
             self._sampling[job_id] = seeded(prompt.sampling, job_id)
-            self._plan.add([Waiting(job_id, prompt.tokens, self._home[job_id])])
+            place = 0 if job_id in self._suspects else 1 + self._home[job_id]
+            self._plan.add([Waiting(job_id, prompt.tokens, place)])
 
     def _refuse(self, job_id: str, error: InvalidRequest) -> None:
         self._refused[job_id] = Failure(code=error.code, message=str(error))

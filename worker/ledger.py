@@ -1,0 +1,80 @@
+"""What a worker process has in its hands, written in Redis, so that nothing is lost with it: `radixq:flights:WORKER`.
+
+One field per job and execution (none while the job is only claimed): the queue it came from, and, of a job that runs
+alone, how far it came. An entry is written and removed in the transactions that move the job, and only
+its worker, or who takes over from it, writes it: watching the key tells whether it was taken away.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import cast
+
+from redis import Redis
+
+from common import keys
+from worker.flight import Flight
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job in a worker's hands; `execution` is empty until the job is started."""
+
+    job_id: str
+    execution: str
+    queue: str
+    tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The entry as it is written: what its field's name does not say."""
+        return json.dumps({"queue": self.queue, "tokens": self.tokens})
+
+
+class Ledger:
+    """The entries of one worker process, by RQ's name for it."""
+
+    def __init__(self, connection: Redis, name: str) -> None:
+        self._connection = connection
+        self.name = name
+        self.key = keys.flights(name)
+
+    def open(self, pipe: Redis) -> None:
+        """Let others find this ledger. Idempotent."""
+        pipe.sadd(keys.FLIGHTS, self.name)
+
+    def close(self) -> None:
+        """Forget the ledger, which should be empty."""
+        with self._connection.pipeline() as pipe:
+            pipe.delete(self.key)
+            pipe.srem(keys.FLIGHTS, self.name)
+            pipe.execute()
+
+    def write(self, flight: Flight, pipe: Redis) -> None:
+        """Say that a job runs."""
+        entry = Entry(flight.job.id, flight.id, flight.queue.name, flight.tokens)
+        pipe.hset(self.key, field(entry.job_id, entry.execution), entry.text)
+
+    def record(self, flight: Flight) -> None:
+        """Write how far a job came."""
+        self.write(flight, self._connection)
+
+    def remove(self, flight: Flight, pipe: Redis) -> None:
+        """Say that a job is out of our hands."""
+        pipe.hdel(self.key, field(flight.job.id, flight.id))
+
+    def entries(self) -> list[Entry]:
+        """Return what the ledger says now."""
+        fields = cast(dict[bytes, bytes], self._connection.hgetall(self.key))
+        return [Entry(*name.decode().split(":"), **json.loads(text)) for name, text in fields.items()]
+
+    def others(self) -> list[Ledger]:
+        """Return the ledgers of all other processes."""
+        names = cast(set[bytes], self._connection.smembers(keys.FLIGHTS))
+        return [Ledger(self._connection, name) for name in sorted(map(bytes.decode, names)) if name != self.name]
+
+
+def field(job_id: str, execution: str = "") -> str:
+    """Return the name of an entry's field."""
+    return f"{job_id}:{execution}"

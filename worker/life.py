@@ -1,0 +1,92 @@
+"""A file per worker process that is locked as long as it lives and holds its last words if it crashes.
+
+The lock ends with the process, however that ends, and no other process can be taken for it, whatever its pid. A crash
+(a signal that the process raised itself, as `abort` does) leaves its traceback; a process that was killed leaves none.
+Knows no Redis.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import time
+from pathlib import Path
+from typing import IO, Final
+from urllib.parse import quote
+
+from common.errors import SettingsError
+
+_KEPT: Final = 20  # crash reports
+_WAIT_S: Final = 1.0  # for somebody who looks whether we live
+
+
+class Life:
+    """The life of this process, under its worker's name."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self._path = _path(home, name)
+        self._file: IO[str] | None = None
+
+    def begin(self) -> None:
+        """Hold the lock, and from now on write down a crash.
+
+        Raises:
+            SettingsError: a living process has this name, or the directory cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._file = self._path.open("a+")
+            _lock(self._file, _WAIT_S)
+            self._file.truncate(0)
+        except BlockingIOError:
+            raise SettingsError(f"a worker named {self._path.name!r} runs on this machine already") from None
+        except OSError as error:
+            raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
+        faulthandler.enable(self._file)
+
+    def end(self) -> None:
+        """Leave nothing behind. Idempotent."""
+        if self._file is not None:
+            faulthandler.disable()
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def last_words(home: Path, name: str) -> str | None:
+    """Return what a dead worker of this machine left, "" if nothing; None: it lives, or was never here."""
+    try:
+        with _path(home, name).open("r+", errors="replace") as file:
+            _lock(file, 0)
+            return file.read()
+    except (FileNotFoundError, BlockingIOError):
+        return None
+
+
+def bury(home: Path, name: str) -> None:
+    """Remove the file of a dead worker; its last words stay in `crashes`, with those of some before it."""
+    path, crashes = _path(home, name), home / "crashes"
+    if not path.exists():
+        return
+    if path.stat().st_size == 0:
+        path.unlink(missing_ok=True)
+        return
+    crashes.mkdir(exist_ok=True, mode=0o700)
+    path.replace(crashes / f"{path.name}.txt")
+    for old in sorted(crashes.iterdir(), key=lambda report: report.stat().st_mtime)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _path(home: Path, name: str) -> Path:
+    return home / "workers" / quote(name, safe="")
+
+
+def _lock(file: IO[str], wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)

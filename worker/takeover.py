@@ -1,0 +1,163 @@
+"""Take over what other worker processes had in their hands when they died, and find out which job killed them.
+
+A dead process of this machine is known at once, by its file (`life`); any other by its leases, once they are over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from redis.exceptions import WatchError
+from rq.executions import Execution
+from rq.queue import Queue
+from rq.worker import BaseWorker
+from rq.worker_registration import unregister
+
+from common import keys
+from common.log import logger
+from worker import life
+from worker.books import after_failure
+from worker.drain import Drain, in_order
+from worker.flight import Flight, QueuedJob
+from worker.leases import fence
+from worker.ledger import Entry, Ledger, field
+from worker.suspects import Suspicion, judge
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+Bury = Callable[[Flight, "Pipeline", int], None]
+
+_log = logger("worker.takeover")
+
+
+class Takeover:
+    """What one worker does about the death of others, and of its own engine."""
+
+    def __init__(self, worker: BaseWorker, drain: Drain, home: Path, bury: Bury) -> None:
+        """`bury` appends that a job is given up, after so many crashes."""
+        self._worker, self._drain, self._home, self._bury = worker, drain, home, bury
+
+    def look(self) -> int:
+        """Hand back what dead processes, and those without a sign of life, had; return how many jobs that were.
+
+        Without it those jobs wait for RQ's maintenance, which takes the crash for a failed attempt.
+        """
+        return sum(self._take_over(ledger) for ledger in self._drain.ledger.others())
+
+    def suspect(self, flights: Sequence[Flight]) -> int:
+        """Hand back what runs here, because the engine died of one of these jobs."""
+        return self._hand_back(self._drain.ledger, flights, len(flights), spoke=True)
+
+    def _take_over(self, ledger: Ledger) -> int:
+        words = life.last_words(self._home, ledger.name)
+        entries = ledger.entries()
+        ours = [entry for entry in entries if entry.queue in self._worker.queue_names()]
+        if words is None:
+            ours = self._lapsed(ours)
+        else:
+            self._unclaim(ledger, [entry for entry in ours if not entry.execution])
+        started = [entry for entry in ours if entry.execution]
+        jobs = self._hand_back(ledger, self._orphans(ledger, started), len(started), spoke=bool(words))
+        if words is not None and len(ours) == len(entries):
+            last = words.strip().splitlines()[0] if words.strip() else "none"
+            _log.warning(
+                "took over from a dead worker", extra={"worker": ledger.name, "jobs": jobs, "last_words": last}
+            )
+            self._forget(ledger)
+        elif jobs:
+            _log.warning("took over jobs without a sign of life", extra={"worker": ledger.name, "jobs": jobs})
+        elif not entries and not self._worker.connection.exists(_worker_key(ledger.name)):
+            ledger.close()  # it died elsewhere, and all it had is taken care of
+        return jobs
+
+    def _unclaim(self, ledger: Ledger, entries: Sequence[Entry]) -> None:
+        for queue in {entry.queue for entry in entries}:
+            self._drain.unclaim(queue, [entry.job_id for entry in entries if entry.queue == queue], ledger)
+
+    def _lapsed(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Return the jobs that run on no live lease."""
+        started = [entry for entry in entries if entry.execution]
+        with self._worker.connection.pipeline(transaction=False) as pipe:
+            for entry in started:
+                registry = self._queue(entry).started_job_registry
+                pipe.zscore(registry.key, f"{entry.job_id}:{entry.execution}")
+            scores = pipe.execute()
+        return [entry for entry, score in zip(started, scores, strict=True) if score is None or score < time.time()]
+
+    def _orphans(self, ledger: Ledger, entries: Sequence[Entry]) -> list[Flight]:
+        """Return the entries as flights; one whose job is gone from RQ only leaves the ledger."""
+        connection = self._worker.connection
+        with connection.pipeline(transaction=False) as pipe:
+            for entry in entries:
+                pipe.hgetall(QueuedJob.key_for(entry.job_id))
+                pipe.hget(keys.SUSPECTS, entry.job_id)
+            replies = pipe.execute(raise_on_error=False)
+        orphans, gone = [], []
+        for entry, raw, suspicion in zip(entries, replies[::2], replies[1::2], strict=True):
+            if not isinstance(raw, dict) or not raw:
+                gone.append(field(entry.job_id, entry.execution))
+                continue
+            queue = self._queue(entry)
+            execution = Execution(entry.execution, entry.job_id, connection, worker_name=ledger.name)
+            job = self._drain.restore(entry.job_id, queue, raw)
+            known = Suspicion.parse(suspicion)
+            orphans.append(Flight(job, queue, execution, tokens=entry.tokens, suspicion=known))
+        if gone:
+            connection.hdel(ledger.key, *gone)
+        return orphans
+
+    def _hand_back(self, ledger: Ledger, flights: Sequence[Flight], together: int, *, spoke: bool) -> int:
+        """Put jobs back to the head of their queues as suspects; give up the one that is found guilty."""
+        while flights:
+            try:
+                with fence(self._worker, flights) as (pipe, held):
+                    pipe.watch(ledger.key)  # type: ignore[no-untyped-call]
+                    known = {entry.execution for entry in ledger.entries()}
+                    pipe.multi()
+                    for flight in reversed(in_order(flights)):
+                        flight.guilty = False
+                        if flight.id in known:
+                            self._judge(ledger, flight, pipe, together, spoke=spoke, ours=flight in held)
+                    pipe.execute()
+            except WatchError:
+                continue
+            for flight in flights:
+                if flight.guilty:
+                    after_failure(flight, retry=False)
+            return sum(flight.id in known for flight in held)
+        return 0
+
+    def _judge(self, ledger: Ledger, flight: Flight, pipe: Pipeline, together: int, *, spoke: bool, ours: bool) -> None:
+        """Append what becomes of one job; one that RQ, or its owner, moved on meanwhile is only suspected."""
+        before = flight.suspicion
+        after = judge(before, together=together, tokens=flight.tokens, spoke=spoke)
+        ledger.remove(flight, pipe)
+        if after is not None:
+            pipe.hset(keys.SUSPECTS, flight.job.id, str(after))
+            if ours:
+                self._drain.put_back(flight, ledger, pipe)
+        elif ours:
+            flight.guilty = True
+            pipe.hdel(keys.SUSPECTS, flight.job.id)
+            self._bury(flight, pipe, before.lone + 1 if before else 1)
+
+    def _forget(self, ledger: Ledger) -> None:
+        """Take a dead worker off the books, ours and RQ's, nothing being left in its hands."""
+        connection = self._worker.connection
+        dead = BaseWorker.find_by_key(_worker_key(ledger.name), connection, serializer=self._worker.serializer)
+        if dead is not None:
+            connection.delete(dead.key, dead.executions_key)
+            unregister(dead)
+        ledger.close()
+        life.bury(self._home, ledger.name)
+
+    def _queue(self, entry: Entry) -> Queue:
+        return next(queue for queue in self._worker.queues if queue.name == entry.queue)
+
+
+def _worker_key(name: str) -> str:
+    return f"{BaseWorker.redis_worker_namespace_prefix}{name}"
