@@ -172,6 +172,8 @@ class Outbox:
         job = self._ended(flight.job)
         retry = flight.result is not None and flight.result.status == "queued"
         before = job.retries_left
+        if not error.retry:
+            job.retries_left = 0
         try:
             books.fail(self._worker, flight, pipe, f"{error.code}: {error}", retry=retry)
         except redis.exceptions.RedisError:

@@ -67,12 +67,17 @@ class Ledger:
     def entries(self) -> list[Entry]:
         """Return what the ledger says now."""
         fields = cast(dict[bytes, bytes], self._connection.hgetall(self.key))
-        return [Entry(*name.decode().split(":"), **json.loads(text)) for name, text in fields.items()]
+        return [_entry(name.decode(), text) for name, text in fields.items()]
 
     def others(self) -> list[Ledger]:
         """Return the ledgers of all other processes."""
         names = cast(set[bytes], self._connection.smembers(keys.FLIGHTS))
         return [Ledger(self._connection, name) for name in sorted(map(bytes.decode, names)) if name != self.name]
+
+
+def _entry(name: str, text: bytes) -> Entry:
+    job_id, _, execution = name.partition(":")
+    return Entry(job_id, execution, **json.loads(text))
 
 
 def field(job_id: str, execution: str = "") -> str:
