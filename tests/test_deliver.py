@@ -7,7 +7,7 @@ import json
 import time
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError
 from rq import Callback, Queue, Retry
 from rq.job import Job, JobStatus
+from rq.registry import StartedJobRegistry
 from rq.results import Result as RqResult
 
 from common import keys
@@ -262,6 +263,56 @@ def test_a_connection_that_breaks_at_delivery_delivers_once(desk: Desk, outcome:
     assert desk.waiting == ([job.id] if outcome == "retry" else [])
     job = Job.fetch(job.id, desk.redis, JobSerializer)
     assert job.retries_left == {"finish": 2, "fail": 0, "retry": 1}[outcome]
+
+
+def _expire(desk: Desk, job: Job) -> None:
+    """Let the lease of a job end, and RQ's own maintenance find it, as `rq info` does."""
+    registry = StartedJobRegistry("radixq", connection=desk.redis, serializer=JobSerializer)
+    members: Any = desk.redis.zrange(registry.key, 0, -1)
+    desk.redis.zadd(registry.key, dict.fromkeys(members, 1))
+    registry.cleanup()
+
+
+_MEDDLING: dict[str, Callable[[Desk, Job], object]] = {
+    "rq info": _expire,
+    "cancel": lambda desk, job: job.cancel(),
+    "delete": lambda desk, job: job.delete(),
+}
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("outcome", ["finish", "fail"])
+@pytest.mark.parametrize("how", _MEDDLING)
+def test_a_job_that_is_taken_away_between_the_look_and_the_write_is_not_written(
+    desk: Desk, how: str, outcome: str, retries: int
+) -> None:
+    job = desk.enqueue(retry=Retry(retries) if retries else None)
+    flight = desk.take(job)
+    desk.client.meddle = lambda: _MEDDLING[how](desk, job)
+    desk.finish(flight) if outcome == "finish" else desk.fail(flight, OutOfMemory("full"))
+    assert desk.client.meddle is None
+    assert not desk.outbox.waits
+    assert desk.leases == 0
+    assert desk.redis.zscore("rq:finished:radixq", job.id) is None
+    if how == "rq info":
+        assert job.get_status() == (JobStatus.QUEUED if retries else JobStatus.FAILED)
+        assert desk.waiting == [job.id] * retries
+        assert len(desk.rq_results(job)) == 1 - retries
+    else:
+        assert desk.result(job)["status"] == "cancelled"
+        assert desk.redis.exists(job.key) == (how == "cancel")
+        assert desk.waiting == []
+    assert desk.pump.ledger.entries() == []
+
+
+@pytest.mark.parametrize("how", _MEDDLING)
+def test_a_job_that_is_taken_away_while_it_is_handed_back_is_left_alone(desk: Desk, how: str) -> None:
+    job, mate = desk.enqueue(retry=Retry(1)), desk.enqueue()
+    flight = desk.take(job)
+    desk.client.meddle = lambda: _MEDDLING[how](desk, job)
+    assert desk._drain.hand_back([flight, desk.take(mate)] if how != "rq info" else [flight]) == (how != "rq info")
+    assert desk.waiting.count(job.id) == (how == "rq info")
+    assert desk.pump.ledger.entries() == []
 
 
 def test_only_listed_callbacks_run_and_only_after_the_commit(desk: Desk) -> None:

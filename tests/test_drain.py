@@ -28,10 +28,14 @@ Result = dict[str, str]
 
 
 class Brittle(Redis):
-    """A real client that loses its connection at the n-th transaction, before or after the server ran it."""
+    """A real client that loses its connection at the n-th transaction, before or after the server ran it.
+
+    It can also let somebody else act between what a transaction has watched and looked at, and its beginning.
+    """
 
     breaks_at = 0
     answered = False  # the server ran it; only the answer is lost
+    meddle: Callable[[], object] | None = None  # done once, when the next transaction begins
 
     def pipeline(self, transaction: Any = True, shard_hint: Any = None) -> Any:
         return _BrittlePipeline(self, transaction, shard_hint)
@@ -42,6 +46,12 @@ class _BrittlePipeline(Pipeline):
         super().__init__(client.connection_pool, client.response_callbacks, transaction, shard_hint)
         self._client = client
         self._breakable = bool(transaction)
+
+    def multi(self) -> None:
+        meddle, self._client.meddle = self._client.meddle, None
+        if meddle is not None:
+            meddle()
+        super().multi()
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
         self._client.breaks_at -= self._breakable

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rq.job import JobStatus
+from rq.job import Job, JobStatus
 from rq.rate_limit import release_slot
 from rq.repeat import Repeat
 from rq.worker import BaseWorker
@@ -33,7 +33,8 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
         job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
         job._status = JobStatus.FINISHED
     worker.increment_successful_job_count(pipeline=pipe)
-    _end(worker, flight, pipe)
+    _count_time(worker, job, pipe)
+    worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
     pipe.execute()
     queue.enqueue_ready_jobs_by_queue(ready)
     release_slot(job)
@@ -42,16 +43,17 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
 def fail(worker: BaseWorker, flight: Flight, pipe: Pipeline, reason: str, *, retry: bool) -> None:
     """Fail or stop a job, or queue it again, and execute the transaction."""
     pipe.multi()
+    worker.increment_failed_job_count(pipe)
+    _count_time(worker, flight.job, pipe)
     append_failure(worker, flight, pipe, reason, retry=retry)
     pipe.execute()
     after_failure(flight, retry=retry)
 
 
 def append_failure(worker: BaseWorker, flight: Flight, pipe: Pipeline, reason: str, *, retry: bool) -> None:
-    """Append what `fail` writes."""
+    """Append what becomes of the job; for a worker that did not run it."""
     job = flight.job
-    worker.increment_failed_job_count(pipe)
-    _end(worker, flight, pipe)
+    worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
     if retry:
         job.retry(flight.queue, pipe)
         return
@@ -66,11 +68,9 @@ def after_failure(flight: Flight, *, retry: bool) -> None:
     release_slot(flight.job)
 
 
-def _end(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
-    job = flight.job
+def _count_time(worker: BaseWorker, job: Job, pipe: Pipeline) -> None:
     if job.started_at and job.ended_at:
         worker.increment_total_working_time(job.ended_at - job.started_at, pipe)
-    worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
 
 
 def _execution(worker: BaseWorker, flight: Flight) -> dict[str, Any]:

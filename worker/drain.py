@@ -120,9 +120,14 @@ class Drain:
             self.unclaim(name, ids, self.ledger)
         self._unsure = {}
 
+    def queue(self, name: str) -> Queue:
+        """Return one of this worker's queues, or another one, as a dead worker had it."""
+        known = self._queues.get(name)
+        return known or Queue(name, self._connection, job_class=QueuedJob, serializer=self._worker.serializer)
+
     def unclaim(self, queue_name: str, ids: Sequence[str], ledger: Ledger) -> None:
         """Put jobs that were claimed and not started back to the head of their queue."""
-        queue = self._queues[queue_name]
+        queue = self.queue(queue_name)
         self._unclaim_script(keys=[queue.key, queue.intermediate_queue_key, ledger.key], args=ids)
 
     def _claim(self, candidates: Sequence[Candidate]) -> list[Candidate]:

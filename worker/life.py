@@ -35,14 +35,17 @@ class Life:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._file = self._path.open("a+")
-            _lock(self._file, _WAIT_S)
-            self._file.truncate(0)
-        except BlockingIOError:
-            raise SettingsError(f"a worker named {self._path.name!r} runs on this machine already") from None
+            file = self._path.open("a+")
         except OSError as error:
             raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
-        faulthandler.enable(self._file)
+        try:
+            _lock(file, _WAIT_S)
+        except BlockingIOError:
+            file.close()
+            raise SettingsError(f"a worker named {self._path.name!r} runs on this machine already") from None
+        file.truncate(0)
+        self._file = file
+        faulthandler.enable(file)
 
     def end(self) -> None:
         """Leave nothing behind. Idempotent."""

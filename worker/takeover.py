@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import WatchError
 from rq.executions import Execution
-from rq.queue import Queue
 from rq.worker import BaseWorker
 from rq.worker_registration import unregister
 
@@ -55,14 +54,13 @@ class Takeover:
     def _take_over(self, ledger: Ledger) -> int:
         words = life.last_words(self._home, ledger.name)
         entries = ledger.entries()
-        ours = [entry for entry in entries if entry.queue in self._worker.queue_names()]
+        started = [entry for entry in entries if entry.execution]
         if words is None:
-            ours = self._lapsed(ours)
+            started = self._lapsed(started)
         else:
-            self._unclaim(ledger, [entry for entry in ours if not entry.execution])
-        started = [entry for entry in ours if entry.execution]
+            self._unclaim(ledger, [entry for entry in entries if not entry.execution])
         jobs = self._hand_back(ledger, self._orphans(ledger, started), len(started), spoke=bool(words))
-        if words is not None and len(ours) == len(entries):
+        if words is not None:
             last = words.strip().splitlines()[0] if words.strip() else "none"
             _log.warning(
                 "took over from a dead worker", extra={"worker": ledger.name, "jobs": jobs, "last_words": last}
@@ -78,12 +76,11 @@ class Takeover:
         for queue in {entry.queue for entry in entries}:
             self._drain.unclaim(queue, [entry.job_id for entry in entries if entry.queue == queue], ledger)
 
-    def _lapsed(self, entries: Sequence[Entry]) -> list[Entry]:
+    def _lapsed(self, started: Sequence[Entry]) -> list[Entry]:
         """Return the jobs that run on no live lease."""
-        started = [entry for entry in entries if entry.execution]
         with self._worker.connection.pipeline(transaction=False) as pipe:
             for entry in started:
-                registry = self._queue(entry).started_job_registry
+                registry = self._drain.queue(entry.queue).started_job_registry
                 pipe.zscore(registry.key, f"{entry.job_id}:{entry.execution}")
             scores = pipe.execute()
         return [entry for entry, score in zip(started, scores, strict=True) if score is None or score < time.time()]
@@ -101,7 +98,7 @@ class Takeover:
             if not isinstance(raw, dict) or not raw:
                 gone.append(field(entry.job_id, entry.execution))
                 continue
-            queue = self._queue(entry)
+            queue = self._drain.queue(entry.queue)
             execution = Execution(entry.execution, entry.job_id, connection, worker_name=ledger.name)
             job = self._drain.restore(entry.job_id, queue, raw)
             known = Suspicion.parse(suspicion)
@@ -154,9 +151,6 @@ class Takeover:
             unregister(dead)
         ledger.close()
         life.bury(self._home, ledger.name)
-
-    def _queue(self, entry: Entry) -> Queue:
-        return next(queue for queue in self._worker.queues if queue.name == entry.queue)
 
 
 def _worker_key(name: str) -> str:

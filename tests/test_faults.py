@@ -1,0 +1,162 @@
+"""Workers that die, stall and lose their server: every job ends once, with its result or with a reason.
+
+Real processes, a real server, a tiny model. Leases of 90 s are ended early by moving their scores, as time would.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rq.job import Job, JobStatus
+
+from common import keys
+from tests.broker import Broker, save_endless
+from tests.models import tiny_tokenizer
+from tests.processes import ROOT, Process, Processes, wait_until
+from worker.suspects import LONE_SILENT, LONE_SPOKE
+
+ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
+POISON = "~"
+pytestmark = pytest.mark.timeout(900)  # many processes start one after the other
+
+# Put in front of PYTHONPATH: the engine ends its process soon after it decodes a prompt with POISON in it.
+_LETHAL = """
+import importlib.abc, importlib.util, os, signal, sys
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "worker.engine":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), arm(module.Engine))
+        return spec
+
+def arm(engine):
+    add, step = engine.add, engine.step
+    doomed, steps = set(), [0]
+    def adding(self, job_id, prompt):
+        if {token} in prompt.tokens:
+            doomed.add(job_id)
+        add(self, job_id, prompt)
+    def stepping(self):
+        events = step(self)
+        steps[0] += bool(doomed & set(self.running))
+        if steps[0] > 2:
+            {death}
+        return events
+    engine.add, engine.step = adding, stepping
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    broker = Broker(redis_url)
+    yield broker
+    broker.redis.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_endless(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def start(processes: Processes, broker: Broker, model: Path) -> Callable[..., Process]:
+    def start(*arguments: str, **env: str) -> Process:
+        return processes.rq_worker(broker.url, *(arguments or ("radixq",)), model=model, env=ROWS | env)
+
+    return start
+
+
+def num_finished(broker: Broker, jobs: Sequence[Job]) -> int:
+    return [broker.status(job) for job in jobs].count("finished")
+
+
+def settled(broker: Broker, *queues: str) -> None:
+    """Assert that nobody holds anything any more: no lease, no claim, no suspicion, no ledger."""
+    for queue in queues or ("radixq",):
+        assert broker.waiting(queue) == broker.waiting(f"{queue}:intermediate") == []
+        assert broker.redis.zcard(f"rq:wip:{queue}") == 0
+    left = [key for name in (keys.FLIGHTS, keys.SUSPECTS) for key in broker.redis.scan_iter(f"{name}*")]
+    assert left == []
+
+
+class TestKilled:
+    """SIGKILL, at any moment."""
+
+    @pytest.mark.parametrize(
+        ("kills", "jobs"), [(8, 60), pytest.param(50, 200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    )
+    def test_every_job_has_one_result_after_kills_at_random_moments(
+        self, broker: Broker, start: Callable[..., Process], kills: int, jobs: int
+    ) -> None:
+        rng = random.Random(kills)
+        submitted = [broker.enqueue(rng.choice((3, 10, 40, 150)), rng.choice(("a", "b"))) for _ in range(jobs)]
+        for _ in range(kills):
+            enough = min(jobs, num_finished(broker, submitted) + rng.randrange(2 * jobs // kills))
+            worker = start("a", "b")
+            if rng.random() < 0.8:
+                worker.wait_for_log("ready")
+                wait_until(partial(lambda n: num_finished(broker, submitted) >= n, enough), "some jobs have finished")
+            time.sleep(rng.uniform(0, 0.3))
+            worker.kill()
+        assert start("--burst", "a", "b").wait() == 0
+        assert {broker.status(job) for job in submitted} == {"finished"}
+        assert {broker.num_results(job) for job in submitted} == {1}
+        assert {job.get_status() for job in submitted} == {JobStatus.FINISHED}
+        assert {Job.fetch(job.id, broker.redis).retries_left for job in submitted} == {None}
+        assert broker.listed() == []
+        settled(broker, "a", "b")
+
+
+class TestCrashes:
+    """A process that dies of one of its jobs."""
+
+    @pytest.fixture(params=["os.abort()", "os._exit(7)"])
+    def death(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
+        """How the engine ends the process, and the environment in which it does."""
+        (token,) = tiny_tokenizer().encode(POISON)
+        hook = tmp_path / "lethal"
+        hook.mkdir()
+        (hook / "sitecustomize.py").write_text(_LETHAL.format(token=token, death=request.param))
+        return request.param, {"PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
+
+    def test_the_job_that_crashes_its_worker_is_given_up_and_all_others_finish(
+        self, broker: Broker, start: Callable[..., Process], death: tuple[str, dict[str, str]], tmp_path: Path
+    ) -> None:
+        how, env = death
+        mates = [broker.enqueue(40) for _ in range(7)]
+        poisoned = broker.enqueue(40, body={"prompt": f"a secret {POISON}"})
+        late = [broker.enqueue(10) for _ in range(20)]
+        crashes = 0
+        while (worker := start("--burst", "radixq", **env)).wait() != 0:
+            crashes += 1
+            assert crashes < 12, worker.log
+        assert [broker.status(job) for job in (*mates, *late)] == ["finished"] * 27
+        assert [broker.num_results(job) for job in (*mates, poisoned, *late)] == [1] * 28
+        fields = broker.result(poisoned)
+        assert (fields["status"], fields["error_code"], fields["attempts"]) == (
+            "failed",
+            "worker_crashed",
+            str(crashes),
+        )
+        assert poisoned.get_status() == JobStatus.FAILED
+        (entry,) = broker.listed()
+        assert (entry["job_id"], entry["error_code"]) == (poisoned.id, "worker_crashed")
+        assert "secret" not in str(entry)
+        together = 4  # 8, 4, 2, 1 in flight
+        lone = LONE_SPOKE if how == "os.abort()" else LONE_SILENT
+        assert crashes <= together + lone
+        reports = list((tmp_path / "home" / ".radixq" / "crashes").glob("*"))
+        assert bool(reports) == (how == "os.abort()")
+        settled(broker)

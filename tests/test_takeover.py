@@ -1,0 +1,252 @@
+"""Taking over from dead workers, in the process of the test: which are dead, and what becomes of what they had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue, Retry
+from rq.job import Job, JobStatus
+from rq.worker import Worker
+
+from common import keys
+from common.errors import SettingsError
+from common.serializer import JobSerializer
+from common.settings import Settings
+from tests.processes import ROOT
+from worker import life
+from worker.app import BatchWorker
+from worker.flight import Flight
+from worker.life import Life
+from worker.pump import Pump
+from worker.runner import Runner
+from worker.scout import Candidate, Scout
+from worker.suspects import LONE_SILENT, LONE_SPOKE, Suspicion
+
+
+class Host:
+    """A worker without an engine on a machine of its own, which is its home directory."""
+
+    def __init__(self, url: str, home: Path, *queues: str) -> None:
+        self.redis = Redis.from_url(url)
+        self.settings = Settings.from_env({"RADIXQ_HOME": str(home)})
+        self.worker = BatchWorker(list(queues or ("radixq",)), connection=self.redis, settings=self.settings)
+        self.scout = Scout(self.settings, ["radixq"])
+        self.pump = Pump(self.worker, self.settings, "mac", Runner(self.settings), self.scout)
+        self.worker._pump = self.pump
+        self.life = self.worker._life
+        self.life.begin()
+        self.worker.register_birth()
+
+    def take(self, *jobs: Job, limit: int = 0) -> list[Flight]:
+        offers = [Candidate(job.id, job.origin, limit=limit) for job in jobs]
+        return [flight for _, flight in self.pump._drain.take(offers, "tiny")]
+
+    def die(self, words: str = "") -> None:
+        """Let go of the lock, as the end of the process does, whatever was written before."""
+        assert self.life._file is not None
+        self.life._file.write(words)
+        self.life._file.close()
+
+    def close(self) -> None:
+        self.life.end()
+        self.scout.close()
+        self.redis.close()
+
+
+@pytest.fixture
+def host(redis_url: str, tmp_path: Path) -> Iterator[Callable[..., Host]]:
+    hosts: list[Host] = []
+
+    def host(home: str = "here", *queues: str) -> Host:
+        hosts.append(Host(redis_url, tmp_path / home, *queues))
+        return hosts[-1]
+
+    yield host
+    for each in hosts:
+        each.close()
+
+
+@pytest.fixture
+def enqueue(redis: Redis) -> Callable[..., list[Job]]:
+    def enqueue(number: int, queue: str = "radixq", **options: Any) -> list[Job]:
+        named = Queue(queue, connection=redis, serializer=JobSerializer)
+        return [named.enqueue(keys.GENERATE, {"prompt": f"a secret {i}"}, **options) for i in range(number)]
+
+    return enqueue
+
+
+def waiting(redis: Redis, queue: str = "radixq") -> list[str]:
+    listed: Any = redis.lrange(f"rq:queue:{queue}", 0, -1)
+    return [job_id.decode() for job_id in listed]
+
+
+def suspicion(redis: Redis, job: Job) -> Suspicion | None:
+    text: Any = redis.hget(keys.SUSPECTS, job.id)
+    return Suspicion.parse(text)
+
+
+def expire(redis: Redis, *flights: Flight) -> None:
+    for flight in flights:
+        redis.zadd(flight.job.started_job_registry.key, {flight.execution.composite_key: 1})
+
+
+def test_what_a_dead_process_of_this_machine_ran_is_back_at_once_in_order_and_no_retry_is_spent(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(4, retry=Retry(2))
+    dead, next_one = host(), host()
+    dead.take(*jobs[:3])
+    assert next_one.pump._takeover.look() == 0
+    dead.die()
+    assert next_one.pump._takeover.look() == 3
+    assert waiting(redis) == [job.id for job in jobs]
+    assert {Job.fetch(job.id, redis, JobSerializer).retries_left for job in jobs} == {2}
+    assert {suspicion(redis, job) for job in jobs[:3]} == {Suspicion(limit=2)}
+    assert suspicion(redis, jobs[3]) is None
+    assert redis.zcard("rq:wip:radixq") == 0
+    assert [worker.name for worker in Worker.all(redis)] == [next_one.worker.name]
+    assert redis.smembers(keys.FLIGHTS) == {next_one.worker.name.encode()}
+    assert list((next_one.settings.home / "workers").iterdir()) == [next_one.life._path]
+
+
+def test_what_a_dead_process_had_claimed_and_not_started_is_back_at_once(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(3) + enqueue(2, "other")
+    dead, next_one = host("here", "radixq", "other"), host("here", "radixq", "other")
+    dead.pump._drain._claim([Candidate(job.id, job.origin) for job in (*jobs[:2], *jobs[3:])])
+    assert waiting(redis) == [jobs[2].id]
+    dead.die()
+    next_one.pump._takeover.look()
+    assert waiting(redis) == [job.id for job in jobs[:3]]
+    assert waiting(redis, "other") == [job.id for job in jobs[3:]]
+    assert waiting(redis, "radixq:intermediate") == waiting(redis, "other:intermediate") == []
+    assert redis.exists(keys.SUSPECTS) == 0  # they never ran
+
+
+def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(2)
+    far, near = host("there"), host("here")
+    flights = far.take(*jobs)
+    far.die()  # nobody here can know
+    assert near.pump._takeover.look() == 0
+    expire(redis, *flights)
+    assert near.pump._takeover.look() == 2
+    assert waiting(redis) == [job.id for job in jobs]
+    redis.delete(far.worker.key)  # as time does
+    near.pump._takeover.look()
+    assert redis.smembers(keys.FLIGHTS) == {near.worker.name.encode()}
+
+
+def test_a_worker_that_only_slept_finds_its_jobs_taken_and_leaves_them_alone(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    (job,) = enqueue(1)
+    asleep, other = host(), host()
+    (flight,) = asleep.take(job)
+    asleep.pump.flights[flight.id] = flight
+    expire(redis, flight)
+    assert other.pump._takeover.look() == 1
+    (again,) = other.take(job, limit=1)
+    asleep.pump.renew()
+    asleep.pump._deliver_all()
+    assert asleep.pump.flights == {}
+    assert asleep.pump.ledger.entries() == []
+    assert [entry.execution for entry in other.pump.ledger.entries()] == [again.id]
+    assert job.get_status() == JobStatus.STARTED
+    assert redis.hget(keys.result(job.id), "status") == b"running"
+
+
+def test_two_who_come_upon_the_same_dead_worker_hand_its_jobs_back_once(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(3)
+    dead, first, second = host(), host(), host()
+    dead.take(*jobs)
+    dead.die()
+    entries = dead.pump.ledger.entries()
+    late = second.pump._takeover
+    orphans = late._orphans(dead.pump.ledger, entries)
+    assert first.pump._takeover.look() == 3
+    assert late._hand_back(dead.pump.ledger, orphans, 3, spoke=False) == 0
+    assert waiting(redis) == [job.id for job in jobs]
+
+
+@pytest.mark.parametrize(("words", "times"), [("Fatal Python error: Aborted\n", LONE_SPOKE), ("", LONE_SILENT)])
+def test_a_job_that_kills_its_process_alone_is_given_up_with_its_prompt_kept_for_its_owner_only(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]], words: str, times: int
+) -> None:
+    (job,) = enqueue(1, retry=Retry(2))
+    for crash in range(times):
+        assert waiting(redis) == [job.id]
+        dead = host()
+        dead.take(job, limit=1 if crash else 0)
+        dead.die(words)
+        host().pump._takeover.look()
+    assert waiting(redis) == []
+    assert job.get_status() == JobStatus.FAILED
+    assert suspicion(redis, job) is None
+    fields: Any = redis.hgetall(keys.result(job.id))
+    assert (fields[b"status"], fields[b"error_code"]) == (b"failed", b"worker_crashed")
+    assert fields[b"attempts"] == str(times).encode()
+    listed: Any = redis.xrange(keys.DEAD)
+    ((_, entry),) = listed
+    assert (entry[b"job_id"], entry[b"crashes"]) == (job.id.encode(), str(times).encode())
+    assert b"secret" not in b"".join(entry.values())
+    assert redis.ttl(job.key) > Settings.from_env({}).prompt_ttl_s
+    reports = list((dead.settings.home / "crashes").glob("*"))
+    assert [report.read_text() for report in reports] == [words] * (times if words else 0)
+
+
+def test_jobs_of_queues_that_are_not_ours_go_back_there(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    ours, theirs, claimed = enqueue(1)[0], *enqueue(2, "other")
+    dead, next_one = host("here", "radixq", "other"), host()
+    dead.take(ours, theirs)
+    dead.pump._drain._claim([Candidate(claimed.id, "other")])
+    dead.die()
+    assert next_one.pump._takeover.look() == 2
+    assert (waiting(redis), waiting(redis, "other")) == ([ours.id], [theirs.id, claimed.id])
+    assert {suspicion(redis, job) for job in (ours, theirs)} == {Suspicion(limit=1)}
+
+
+def test_a_process_is_alive_while_it_holds_its_file_and_leaves_words_only_if_it_crashed(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from worker.life import Life;"
+        "life = Life(Path(sys.argv[1]), 'one/two'); life.begin(); print('begun', flush=True); sys.stdin.readline();"
+        "{death}"
+    )
+    for death, said in (("os.abort()", "Aborted"), ("os._exit(1)", "")):
+        words = [sys.executable, "-c", program.format(death=death), str(tmp_path)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
+            assert life.last_words(tmp_path, "one/two") is None
+            with pytest.raises(SettingsError, match="runs on this machine already"):
+                Life(tmp_path, "one/two").begin()
+            process.stdin.write(b"\n")
+        last = life.last_words(tmp_path, "one/two")
+        assert last is not None
+        assert said in last
+        assert bool(last) == bool(said)
+        life.bury(tmp_path, "one/two")
+        assert life.last_words(tmp_path, "one/two") is None
+    assert len(list((tmp_path / "crashes").iterdir())) == 1
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="RADIXQ_HOME cannot be used: .*Not a directory"):
+        Life(tmp_path / "file" / "home", "w").begin()
