@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 from common import keys
 from common.errors import InvalidRequest, RadixqError
 from common.settings import Settings
-from producer import inspection
+from producer import dead, inspection
 from producer.broker import connect
 from producer.request import DEFAULT_TIMEOUT_S
 from producer.submit import submit
 from producer.ticket import Ticket, get
 
-_LATER = ("batch", "top", "dead", "why")
+_LATER = ("batch", "top", "why")
+_DEAD_FIELDS = ("job_id", "at", "queue", "error_code", "crashes", "reason")
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "system": (str, "system message before the text"),
     "max-tokens": (int, "length of the answer; default: the worker's RADIXQ_MAX_TOKENS"),
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("id", metavar="ID")
     command("cancel", _cancel, "cancel a job that has not ended").add_argument("id", metavar="ID")
     look = command("inspect", _inspect, "print what redis-cli would of a job's result, of a key, of all keys like it")
+    _add_dead(command("dead", _dead, "list jobs that were given up, queue them again, or delete them"))
     look.add_argument("key", metavar="KEY-or-ID", help="a job's id, a key, or a pattern such as 'radixq:metrics:*'")
     return parser
 
@@ -153,6 +155,30 @@ def _inspect(arguments: argparse.Namespace) -> None:
         if key not in (arguments.key, keys.result(arguments.key)):
             print(f"# {key}")  # one of several that match a pattern
         print(*inspection.lines(value), sep="\n")
+
+
+def _add_dead(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list", "requeue", "purge"], help="show them, queue again, or delete")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="with requeue and purge: which")
+    parser.add_argument("--all", action="store_true", help="with requeue and purge: all that are listed")
+
+
+def _dead(arguments: argparse.Namespace) -> None:
+    broker = connect(arguments.redis, Settings.from_env())
+    if (arguments.action == "list") == bool(arguments.ids or arguments.all) or (arguments.ids and arguments.all):
+        raise InvalidRequest("radixq dead: list takes nothing more; requeue and purge take ids, or --all", field="ids")
+    with broker.speaking() as client:
+        entries = dead.listed(client)
+        ids = list(dict.fromkeys(entry["job_id"] for entry in entries)) if arguments.all else arguments.ids
+        if arguments.action == "requeue":
+            entries = [{"job_id": job_id} for job_id in dead.requeue(client, ids, broker.now_s())]
+        elif arguments.action == "purge":
+            entries = [{"job_id": job_id} for job_id in dead.purge(client, ids)]
+    if arguments.json:
+        print(json.dumps(entries))
+        return
+    for entry in entries:
+        print(*(entry.get(name, "-") for name in _DEAD_FIELDS) if arguments.action == "list" else entry.values())
 
 
 def _fail(message: str, code: int) -> int:

@@ -173,14 +173,14 @@ class Ticket:
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
-        pictures.release(pipe, self.id, _digests(job), settings.prompt_ttl_s)
+        pictures.release(pipe, self.id, digests(job), settings.prompt_ttl_s)
         key = keys.result(self.id)
-        cancelled = self._cancelled(client.hget(key, "json"), now)
+        cancelled = self._cancelled(client.hget(key, "json"), int(client.hget(key, "attempts") or 0), now)
         pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
         pipe.expire(key, settings.result_ttl_s)
 
-    def _cancelled(self, json: bytes | str | None, now: str) -> Result:
-        before = Result.model_validate_json(json) if json else Result(id=self.id, status="queued", attempts=0)
+    def _cancelled(self, json: bytes | str | None, attempts: int, now: str) -> Result:
+        before = Result.model_validate_json(json) if json else Result(id=self.id, status="queued", attempts=attempts)
         started = before.timing.submitted_at
         total_ms = (datetime.fromisoformat(now) - datetime.fromisoformat(started)) / _MS if started else None
         timing = before.timing.model_copy(update={"finished_at": now, "total_ms": total_ms})
@@ -188,7 +188,7 @@ class Ticket:
         return before.model_copy(update={"status": "cancelled", "timing": timing, "error": failure})
 
 
-def _digests(job: Job) -> tuple[str, ...]:
+def digests(job: Job) -> tuple[str, ...]:
     """Return the pictures that a job names, as far as it can be read."""
     try:
         return pictures.named(job.args[0])

@@ -176,7 +176,7 @@ def test_inspect_of_nothing_is_an_error(key: str, radixq: Any) -> None:
         (["status", "a", "--redis", "nonsense"], 2, "nonsense"),
         (["batch", "in.jsonl", "--out", "x"], 2, "radixq batch comes later"),
         (["top"], 2, "radixq top comes later"),
-        (["dead", "--help"], 2, "radixq dead comes later"),
+        (["top", "--help"], 2, "radixq top comes later"),
         (["why", "x"], 2, "radixq why comes later"),
     ],
 )

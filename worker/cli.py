@@ -16,7 +16,7 @@ from common.errors import InvalidRequest, ModelNotLoaded, RadixqError
 from common.settings import Settings
 from worker import doctor, server
 
-_LATER: Final = ("batch", "top", "dead", "why")  # of the `radixq` command
+_LATER: Final = ("batch", "top", "why")  # of the `radixq` command
 _USUAL_PORT: Final = 6379  # where producers look when nobody tells them
 _UNITS: Final = {"_S": "s", "_TOKENS": "tokens", "_ROWS": "rows", "_JOBS": "jobs"}
 

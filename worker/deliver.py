@@ -101,7 +101,7 @@ class Outbox:
         RQ's hash stays as long as the result, so that the owner can queue the job again.
         """
         job, body = flight.job, flight.job.body(self._settings.max_job_bytes)
-        job.ended_at, job.retries_left = now(), 0
+        job.ended_at = now()
         job.failure_ttl = self._settings.result_ttl_s
         result = self._crashed(job, body, "failed", f"{_GIVEN_UP}; radixq dead requeue {job.id} tries it again")
         books.append_failure(self._worker, flight, pipe, f"{WorkerCrashed.code}: {_GIVEN_UP}", retry=False)
