@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import Redis
 from rq import Queue
 from rq.command import send_shutdown_command, send_stop_execution_command, send_stop_job_command
 from rq.job import Job, JobStatus
@@ -23,6 +27,7 @@ from common.serializer import JobSerializer
 from tests.broker import ENDLESS, SHORT, Broker, save_endless
 from tests.processes import Process, Processes, wait_until
 from worker import server
+from worker.app import _url
 
 ROWS = {"RADIXQ_MAX_ROWS": "4", "RADIXQ_WORKER_NAME": "mac"}
 RESULT_FIELDS = {
@@ -366,3 +371,56 @@ def test_reading_about_workers_needs_no_settings(broker: Broker, processes: Proc
     asked = processes.python(*words, env={"RADIXQ_NONSENSE": "1"})
     assert asked.wait() == 0
     assert "0 workers" in asked.log
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host:1/2",
+        "redis://:a%20secret@[::1]:1/2",
+        "unix:///a/socket?db=2",
+        "rediss://who:p%40ss@host:1/3?ssl_cert_reqs=none&ssl_check_hostname=False&ssl_ca_certs=%2Fa%2Fb.pem",
+    ],
+)
+def test_the_process_beside_the_worker_connects_in_the_same_way(url: str) -> None:
+    def settings(client: Redis) -> dict[str, Any]:
+        used = client.connection_pool.connection_kwargs
+        return {name: value for name, value in used.items() if isinstance(value, str | int | None)}
+
+    given = Redis.from_url(url)
+    assert settings(Redis.from_url(_url(given))) == settings(given)
+
+
+def test_options_of_a_tls_connection_that_are_off_stay_off() -> None:
+    given = Redis(host="host", ssl=True, ssl_cert_reqs="required", ssl_validate_ocsp=False)
+    again = Redis.from_url(_url(given)).connection_pool.connection_kwargs
+    assert (again["ssl_cert_reqs"], again.get("ssl_validate_ocsp", False)) == ("required", False)
+
+
+def test_a_worker_without_jobs_ends_after_max_idle_time(broker: Broker, start: Callable[..., Process]) -> None:
+    job = broker.enqueue()
+    worker = start("--max-idle-time", "1", "radixq")
+    assert worker.wait() == 0
+    assert broker.status(job) == "finished"
+    assert Worker.all(broker.redis) == []
+
+
+@pytest.mark.parametrize("loads", ["slowly", "never"])
+def test_a_worker_that_is_stopped_while_it_starts_ends_in_order(
+    broker: Broker, processes: Processes, model: Path, tmp_path: Path, loads: str
+) -> None:
+    job = broker.enqueue()
+    path = model
+    if loads == "never":
+        path = tmp_path / "tiny"
+        shutil.copytree(model, path)
+        (path / "model.safetensors").unlink()
+        os.mkfifo(path / "model.safetensors")  # nobody ever writes to it
+    worker = processes.rq_worker(broker.url, "radixq", model=path, env=ROWS)
+    worker.wait_for_log("Listening on")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert broker.waiting() == [job.id]
+    assert job.get_status() == JobStatus.QUEUED
+    assert Worker.all(broker.redis) == []
+    assert broker.redis.exists(keys.FLIGHTS) == 0

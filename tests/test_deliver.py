@@ -20,10 +20,11 @@ from rq.registry import StartedJobRegistry
 from rq.results import Result as RqResult
 
 from common import keys
-from common.errors import InternalError, InvalidRequest, JobTimeout, OutOfMemory, RadixqError
+from common.errors import GenerationFailed, InternalError, InvalidRequest, JobTimeout, OutOfMemory, RadixqError
 from common.messages import Failure, Result, Usage
 from common.serializer import JobSerializer
 from common.settings import Settings
+from producer import submit
 from tests.processes import wait_until
 from tests.test_drain import Brittle
 from worker.app import BatchWorker
@@ -435,3 +436,38 @@ def test_a_refusal_keeps_its_code(code: str) -> None:
 
 def test_a_candidate_without_prompt_and_reason_is_a_defect_of_ours() -> None:
     assert isinstance(refused(None), InternalError)
+
+
+def _sweep(desk: Desk) -> None:
+    for _ in range(2):  # the second finds nothing more
+        desk.pump.sweep()
+
+
+def test_a_job_that_left_with_its_queue_is_recorded_as_lost_and_expires(desk: Desk, redis_url: str) -> None:
+    ticket = submit("a prompt", redis=redis_url, custom_id="mine")
+    kept = submit("a prompt", redis=redis_url, queue="other")
+    Queue("radixq", connection=desk.redis).empty()  # type: ignore[no-untyped-call]
+    _sweep(desk)
+    assert 0 < desk.redis.ttl(keys.result(ticket.id)) <= RESULT_TTL_S
+    assert (ticket.status(), kept.status()) == ("lost", "queued")
+    assert desk.redis.hget(keys.result(ticket.id), "custom_id") == b"mine"
+    with pytest.raises(GenerationFailed, match="no result came") as caught:
+        ticket.result(0)
+    assert caught.value.status == "lost"
+
+
+def test_what_became_of_a_job_through_rq_alone_is_recorded(desk: Desk, redis_url: str) -> None:
+    cancelled, abandoned = (submit("a prompt", redis=redis_url) for _ in range(2))
+    job = Job.fetch(abandoned.id, desk.redis, JobSerializer)
+    Job.fetch(cancelled.id, desk.redis, JobSerializer).cancel()
+    flight = desk.take(job)
+    desk.redis.hset(job.key, "retries_left", 0)
+    _expire(desk, job)  # by `rq info`, which knows nothing of our record
+    assert job.get_status() == JobStatus.FAILED
+    _sweep(desk)
+    assert cancelled.status() == "cancelled"
+    fields = desk.result(job)
+    assert (fields["status"], fields["error_code"], fields["attempts"]) == ("failed", "worker_crashed", "1")
+    assert 0 < desk.redis.ttl(job.key) <= PROMPT_TTL_S
+    desk.finish(flight)
+    assert desk.result(job) == fields

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import Redis
+from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 
 from common import keys
-from tests.broker import Broker, save_endless
+from common.serializer import JobSerializer
+from tests.broker import ENDLESS, Broker, save_endless
 from tests.models import tiny_tokenizer
 from tests.processes import ROOT, Process, Processes, wait_until
+from worker import server
 from worker.suspects import LONE_SILENT, LONE_SPOKE
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
@@ -160,3 +166,122 @@ class TestCrashes:
         reports = list((tmp_path / "home" / ".radixq" / "crashes").glob("*"))
         assert bool(reports) == (how == "os.abort()")
         settled(broker)
+
+
+class TestAsleep:
+    """A process that stands still for longer than its leases, as when a lid is closed."""
+
+    def test_what_another_worker_finished_meanwhile_is_not_written_again(
+        self, broker: Broker, start: Callable[..., Process], processes: Processes, tmp_path: Path
+    ) -> None:
+        jobs = [broker.enqueue(3000) for _ in range(4)]
+        sleeper = start(RADIXQ_WORKER_NAME="asleep")
+        wait_until(lambda: all(broker.status(job) == "running" for job in jobs), "all run")
+        sleeper.signal(signal.SIGSTOP)
+        expire_leases(broker)
+        other = start(RADIXQ_WORKER_NAME="other", RADIXQ_HOME=str(tmp_path / "elsewhere"))
+        info = processes.python("-m", "rq.cli", "info", "-u", broker.url, "--raw", "--interval", "0")
+        broker.wait_for("finished", *jobs)
+        assert info.wait() == 0
+        sleeper.signal(signal.SIGCONT)
+        sleeper.wait_for_log("lease lost")
+        assert sleeper.stop() == other.stop() == 0
+        assert {broker.num_results(job) for job in jobs} == {1}
+        assert {broker.result(job)["worker"] for job in jobs} == {"other"}
+        assert {job.get_status() for job in jobs} == {JobStatus.FINISHED}
+        settled(broker)
+
+    def test_a_worker_that_wakes_up_alone_goes_on(self, broker: Broker, start: Callable[..., Process]) -> None:
+        jobs = [broker.enqueue(3000) for _ in range(4)]
+        sleeper = start()
+        wait_until(lambda: all(broker.status(job) == "running" for job in jobs), "all run")
+        sleeper.signal(signal.SIGSTOP)
+        expire_leases(broker)
+        sleeper.signal(signal.SIGCONT)
+        broker.wait_for("finished", *jobs)
+        assert {broker.result(job)["attempts"] for job in jobs} == {"1"}
+        assert sleeper.stop() == 0
+        assert "lease lost" not in sleeper.log
+        settled(broker)
+
+
+class TestServer:
+    """A server that goes away, is full, or refuses its clients."""
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Path:
+        return tmp_path / "server"
+
+    def test_jobs_end_once_though_the_server_is_killed_at_random_moments(
+        self, processes: Processes, model: Path, home: Path
+    ) -> None:
+        rng = random.Random(5)
+        running = server.start(home)
+        broker = Broker(running.url)
+        try:
+            jobs = [broker.enqueue(rng.choice((5, 300, 1000))) for _ in range(40)]
+            wait_until(lambda: broker.redis.info("persistence")["aof_pending_bio_fsync"] == 0, "the file has them")
+            time.sleep(1.1)  # it is synced once a second
+            worker = processes.rq_worker(running.url, "radixq", model=model, env=ROWS)
+            worker.wait_for_log("ready")
+            for _ in range(4):
+                time.sleep(rng.uniform(1.2, 2.5))
+                assert running.process is not None
+                running.process.kill()
+                running.process.wait()
+                time.sleep(rng.uniform(0, 2))
+                running = server.start(home)
+            broker.wait_for("finished", *jobs)
+            assert {broker.num_results(job) for job in jobs} == {1}
+            last = broker.enqueue(ENDLESS)
+            broker.wait_for("running", last)
+            wait_until(lambda: broker.redis.pubsub_numsub(f"rq:pubsub:{broker.worker.name}")[0][1], "it listens again")
+            send_stop_job_command(broker.redis, last.id, JobSerializer)
+            broker.wait_for("cancelled", last)
+            assert worker.stop() == 0
+            settled(broker)
+        finally:
+            broker.redis.close()
+            running.stop()
+
+    def test_a_full_a_read_only_and_a_locked_server_are_waited_for(
+        self, processes: Processes, model: Path, home: Path
+    ) -> None:
+        with server.start(home, persistent=False) as running:
+            broker = Broker(running.url)
+            admin = broker.redis
+            worker = processes.rq_worker(running.url, "radixq", model=model, env=ROWS)
+            worker.wait_for_log("ready")
+            faults: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
+                ("maxmemory", lambda: admin.config_set("maxmemory", 1), lambda: admin.config_set("maxmemory", 0)),
+                ("read only", lambda: admin.replicaof("127.0.0.1", 1), lambda: admin.replicaof("NO", "ONE")),
+                ("Authentication", lambda: _lock(admin), lambda: admin.config_set("requirepass", "")),
+            ]
+            for num, (words, break_it, mend_it) in enumerate(faults, 1):
+                running_job, waiting_job = broker.enqueue(800), broker.enqueue()
+                broker.wait_for("running", running_job)
+                break_it()
+                wait_until(lambda n=num: worker.log.count("redis is away, going on") >= n, "it notices")  # type: ignore[misc]
+                line = [line for line in worker.log.splitlines() if "redis is away, going on" in line][-1]
+                assert words.lower() in line.lower()
+                time.sleep(1)
+                mend_it()
+                broker.wait_for("finished", running_job, waiting_job)
+                assert {broker.num_results(job) for job in (running_job, waiting_job)} == {1}
+                wait_until(lambda n=num: worker.log.count("redis is back") >= n, "it says so")  # type: ignore[misc]
+            assert worker.stop() == 0
+            assert "Traceback" not in worker.log
+            settled(broker)
+            broker.redis.close()
+
+
+def _lock(admin: Redis) -> None:
+    """Ask everybody for a password from now on, but the connection of the test."""
+    admin.config_set("requirepass", "a new one")
+    admin.client_kill_filter(_type="normal", skipme=True)
+
+
+def expire_leases(broker: Broker) -> None:
+    """Let all leases end, as time would."""
+    members: Any = broker.redis.zrange("rq:wip:radixq", 0, -1)
+    broker.redis.zadd("rq:wip:radixq", dict.fromkeys(members, 1))

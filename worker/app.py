@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import redis.exceptions
 from redis.backoff import NoBackoff
@@ -192,6 +192,8 @@ class BatchWorker(BaseWorker):
                 self._pump.renew()
                 self._pump.recover()
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            if self._pump is not None:
+                self._pump.sweep()
             pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
             if self._schedule is not None:
                 self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
@@ -336,7 +338,10 @@ def _model_queues(settings: Settings) -> list[str]:
 
 
 def _url(connection: Redis) -> str:
-    """Write the connection as a URL, for the scout's process: RQ tells us only what it made of the user's."""
+    """Write the connection as a URL, for the scout's process: RQ tells us only what it made of the user's.
+
+    Its options for TLS go with it.
+    """
     pool = connection.connection_pool
     used = pool.connection_kwargs
     user, password = (quote(used.get(name) or "", safe="") for name in ("username", "password"))
@@ -345,7 +350,10 @@ def _url(connection: Redis) -> str:
         return f"unix://{credentials}{used['path']}?db={used.get('db') or 0}"
     scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
     host = f"[{used['host']}]" if ":" in used["host"] else used["host"]
-    return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}"
+    given = {name: value for name, value in used.items() if name.startswith("ssl_") and isinstance(value, str | int)}
+    options = {name: value for name, value in given.items() if value or name == "ssl_check_hostname"}  # "False" is true
+    query = f"?{urlencode(options)}" if scheme == "rediss" and options else ""
+    return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}{query}"
 
 
 def _unique(label: str) -> str:

@@ -29,6 +29,7 @@ from worker.metrics import Jobs, Metrics
 from worker.outage import is_outage
 from worker.sequence import Died, Event, Finished, Ready
 from worker.suspects import may_join
+from worker.sweep import Sweep
 from worker.takeover import Takeover
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Pump:
         self._drain = Drain(worker, self._clock, label, settings.window_jobs)
         self._outbox = Outbox(worker, settings, self._clock, label)
         self._takeover = Takeover(worker, self._drain, settings.home, self._outbox.bury)
+        self._sweep = Sweep(worker.connection, settings, self._clock)
         self._metrics = Metrics(worker.connection, label, self._clock)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
@@ -95,6 +97,10 @@ class Pump:
     def recover(self) -> None:
         """Take over from dead workers."""
         self._takeover.look()
+
+    def sweep(self) -> None:
+        """Close the records of jobs that ended behind our back."""
+        self._sweep.step()
 
     def renew(self) -> None:
         """Renew all leases; what was taken away is given up (its delivery finds out who has it)."""

@@ -30,6 +30,7 @@ import redis
 from common import log
 from common.errors import BrokerUnavailable, InternalError, ModelNotLoaded, RadixqError
 from common.settings import Settings
+from worker.outage import is_outage
 from worker.window import Candidate, Window, connect
 
 if TYPE_CHECKING:
@@ -47,9 +48,6 @@ _ENDING_S: Final = 5.0  # for the child, before it is killed
 _START: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from worker.scout import main; main(int(sys.argv[1]))"
 )
-# What passes; other errors of Redis (a wrong password, a key of the wrong type) do not get better by waiting.
-_AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.MasterDownError)
-_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
 
 __all__ = ["POLL_S", "Candidate", "Scout", "main"]
 
@@ -140,7 +138,7 @@ class Scout:
 
         Raises:
             ModelNotLoaded: the child could not load the tokenizer.
-            BrokerUnavailable: Redis refuses the child; a server that is only away is waited for.
+            BrokerUnavailable: what lies in Redis cannot be read; a server that is away, or refuses us, is waited for.
             InternalError: the child ended by a defect or was killed.
         """
         offered: list[Candidate] = []
@@ -220,17 +218,15 @@ class _Child:
         self._away = False
 
     def run(self) -> None:
-        """Go on until the pipe is closed, which raises EOFError, or Redis refuses us."""
+        """Go on until the pipe is closed, which raises EOFError, or Redis cannot be used."""
         while True:
             self._listen()
             try:
                 self._read()
-            except _REFUSED as error:
-                raise BrokerUnavailable(f"Redis refuses the worker: {error}") from error
-            except _AWAY as error:
-                self._back_off(error)
             except redis.RedisError as error:
-                raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
+                if not is_outage(error):
+                    raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
+                self._back_off(error)
             self._window.prepare(_SLICE_S)
             offers = self._window.offer(self._want)
             if offers:
