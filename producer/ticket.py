@@ -173,6 +173,7 @@ class Ticket:
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
+        pipe.hdel(keys.SUSPECTS, self.id)
         pictures.release(pipe, self.id, digests(job), settings.prompt_ttl_s)
         key = keys.result(self.id)
         cancelled = self._cancelled(client.hget(key, "json"), int(client.hget(key, "attempts") or 0), now)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
-    """Finish a job, whose `_result` is set, and execute the transaction. `dependents_key` must be watched."""
+    """Finish a job, whose `_result` is set, and execute the transaction."""
     job, queue = flight.job, flight.queue
     ready = queue.move_dependents_to_ready(job, pipeline=pipe)
     if not pipe.explicit_transaction:  # it begins the transaction only if there are dependents

@@ -144,18 +144,16 @@ class Outbox:
         while True:
             try:
                 with fence(self._worker, [flight]) as (pipe, held):
-                    pipe.watch(flight.job.dependents_key)  # type: ignore[no-untyped-call]
                     self._end(flight, pipe, leased=bool(held))
                 return
             except redis.exceptions.WatchError:  # somebody touched the job between our look and our write
                 continue
 
     def _end(self, flight: Flight, pipe: Pipeline, *, leased: bool) -> None:
-        status = cast("bytes | None", pipe.hget(flight.job.key, "status"))
-        if status is None or status == JobStatus.CANCELED.value.encode():
-            self._cancel(flight, pipe, deleted=status is None)
+        if flight.status in (None, JobStatus.CANCELED):
+            self._cancel(flight, pipe, deleted=flight.status is None)
         elif not leased:
-            self._drop(flight, pipe, status.decode(errors="replace"))
+            self._drop(flight, pipe)
         elif flight.error is None:
             self._succeed(flight, pipe)
         else:
@@ -209,11 +207,11 @@ class Outbox:
             pipe.expire(job.key, self._settings.prompt_ttl_s)
         pipe.execute()
 
-    def _drop(self, flight: Flight, pipe: Pipeline, status: str) -> None:
+    def _drop(self, flight: Flight, pipe: Pipeline) -> None:
         """Forget a result whose job is somebody else's by now, or which is already written."""
         written = self._is_written(flight)
         if not written:
-            _log.warning("lease lost: dropping result", extra={"job": flight.job.id, "rq_status": status})
+            _log.warning("lease lost: dropping result", extra={"job": flight.job.id, "rq_status": flight.status})
         result, flight.result = flight.result, None
         pipe.multi()
         self._worker.cleanup_execution(flight.job, pipeline=pipe, execution=flight.execution)

@@ -127,6 +127,7 @@ class Flight:
     Attributes:
         submitted_at, started_at: seconds since the epoch by the server's clock.
         deadline: `time.monotonic()` at which the job has run for its timeout.
+        status: RQ's status of the job when it was last looked at; None: RQ has no such job.
         stopped: someone asked RQ to stop it.
         suspicion: what is held against the job because of earlier crashes.
         tokens: how many had been generated when this was last recorded; only of a job that runs alone.
@@ -143,6 +144,7 @@ class Flight:
     started_at: float = 0.0
     attempts: int = 1
     deadline: float = float("inf")
+    status: str | None = None
     stopped: bool = False
     suspicion: Suspicion | None = None
     tokens: int = 0

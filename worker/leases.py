@@ -34,18 +34,25 @@ def fence(worker: BaseWorker, flights: Sequence[Flight]) -> Iterator[tuple[Pipel
         redis.exceptions.WatchError: on execute, if so; look again.
     """
     with worker.connection.pipeline() as pipe:
-        pipe.watch(*(key for flight in flights for key in (flight.job.key, flight.execution.key)))  # type: ignore[no-untyped-call]
+        jobs = [flight.job for flight in flights]
+        keys = [key for job in jobs for key in (job.key, job.dependents_key)]
+        pipe.watch(*keys, *(flight.execution.key for flight in flights))  # type: ignore[no-untyped-call]
         yield pipe, split(worker, flights)[0]
 
 
 def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
-    """Return the flights whose lease is still ours, and the others."""
+    """Return the flights whose lease is still ours, and the others; note RQ's status of each job."""
     with worker.connection.pipeline(transaction=False) as pipe:
         for flight in flights:
             pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
-        leased = [score is not None for score in pipe.execute()]
-    held = [flight for flight, ours in zip(flights, leased, strict=True) if ours]
-    return held, [flight for flight, ours in zip(flights, leased, strict=True) if not ours]
+            pipe.hget(flight.job.key, "status")
+        replies = pipe.execute()
+    for flight, status in zip(flights, replies[1::2], strict=True):
+        flight.status = status.decode(errors="replace") if status else None
+    leased = list(zip(flights, replies[::2], strict=True))
+    return [flight for flight, lease in leased if lease is not None], [
+        flight for flight, lease in leased if lease is None
+    ]
 
 
 def renew(worker: BaseWorker, ledger: Ledger, flights: Sequence[Flight]) -> list[Flight]:
@@ -71,9 +78,5 @@ def renew(worker: BaseWorker, ledger: Ledger, flights: Sequence[Flight]) -> list
 
 def cancelled(worker: BaseWorker, flights: Sequence[Flight]) -> list[Flight]:
     """Return the flights whose job was cancelled or deleted while it ran."""
-    with worker.connection.pipeline(transaction=False) as pipe:
-        for flight in flights:
-            pipe.hget(flight.job.key, "status")
-        statuses = pipe.execute()
-    gone = (None, JobStatus.CANCELED.value.encode())
-    return [flight for flight, status in zip(flights, statuses, strict=True) if status in gone]
+    split(worker, flights)
+    return [flight for flight in flights if flight.status in (None, JobStatus.CANCELED)]
