@@ -31,7 +31,9 @@ class Settings(BaseModel):
     model_aliases: tuple[str, ...] = Field(
         (), alias="RADIXQ_MODEL_ALIASES", description="other names of the model, comma separated"
     )
-    home: Path = Field(Path("~/.radixq"), alias="RADIXQ_HOME", description="embedded server: data, lock, logs")
+    home: Path = Field(
+        Path("~/.radixq"), alias="RADIXQ_HOME", description="embedded server; locks and crash reports of workers"
+    )
     worker_name: str | None = Field(
         None, alias="RADIXQ_WORKER_NAME", description="label in metrics; else the host name"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from rq import Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 
@@ -29,6 +30,9 @@ from worker.suspects import LONE_SILENT, LONE_SPOKE
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
 POISON = "~"
+KILLS = int(os.environ.get("RADIXQ_TEST_KILLS", "8"))  # ops/soak asks for more
+PATIENCE_S = 400.0  # for a process that starts, runs some jobs and ends, on a busy machine
+_SOAK = pytest.mark.skipif("RADIXQ_TEST_KILLS" not in os.environ, reason="seven starts of a worker; ./ops/soak runs it")
 pytestmark = pytest.mark.timeout(900)  # many processes start one after the other
 
 # Put in front of PYTHONPATH: the engine ends its process soon after it decodes a prompt with POISON in it.
@@ -100,12 +104,11 @@ def settled(broker: Broker, *queues: str) -> None:
 class TestKilled:
     """SIGKILL, at any moment."""
 
-    @pytest.mark.parametrize(
-        ("kills", "jobs"), [(8, 60), pytest.param(50, 200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-    )
+    @pytest.mark.timeout(60 * KILLS + 600)
     def test_every_job_has_one_result_after_kills_at_random_moments(
-        self, broker: Broker, start: Callable[..., Process], kills: int, jobs: int
+        self, broker: Broker, start: Callable[..., Process]
     ) -> None:
+        kills, jobs = KILLS, 4 * KILLS + 20
         rng = random.Random(kills)
         submitted = [broker.enqueue(rng.choice((3, 10, 40, 150)), rng.choice(("a", "b"))) for _ in range(jobs)]
         for _ in range(kills):
@@ -116,7 +119,7 @@ class TestKilled:
                 wait_until(partial(lambda n: num_finished(broker, submitted) >= n, enough), "some jobs have finished")
             time.sleep(rng.uniform(0, 0.3))
             worker.kill()
-        assert start("--burst", "a", "b").wait() == 0
+        assert start("--burst", "a", "b").wait(PATIENCE_S) == 0
         assert {broker.status(job) for job in submitted} == {"finished"}
         assert {broker.num_results(job) for job in submitted} == {1}
         assert {job.get_status() for job in submitted} == {JobStatus.FINISHED}
@@ -128,7 +131,7 @@ class TestKilled:
 class TestCrashes:
     """A process that dies of one of its jobs."""
 
-    @pytest.fixture(params=["os.abort()", "os._exit(7)"])
+    @pytest.fixture(params=["os.abort()", pytest.param("os._exit(7)", marks=_SOAK)])
     def death(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
         """How the engine ends the process, and the environment in which it does."""
         (token,) = tiny_tokenizer().encode(POISON)
@@ -141,15 +144,16 @@ class TestCrashes:
         self, broker: Broker, start: Callable[..., Process], death: tuple[str, dict[str, str]], tmp_path: Path
     ) -> None:
         how, env = death
-        mates = [broker.enqueue(40) for _ in range(7)]
+        mates = [broker.enqueue(40) for _ in range(3)]
         poisoned = broker.enqueue(40, body={"prompt": f"a secret {POISON}"})
-        late = [broker.enqueue(10) for _ in range(20)]
+        late: list[Job] = []
         crashes = 0
-        while (worker := start("--burst", "radixq", **env)).wait() != 0:
+        while (worker := start("--burst", "radixq", **env)).wait(PATIENCE_S) != 0:
             crashes += 1
+            late += [broker.enqueue(10)]
             assert crashes < 12, worker.log
-        assert [broker.status(job) for job in (*mates, *late)] == ["finished"] * 27
-        assert [broker.num_results(job) for job in (*mates, poisoned, *late)] == [1] * 28
+        assert [broker.status(job) for job in (*mates, *late)] == ["finished"] * (3 + crashes)
+        assert [broker.num_results(job) for job in (*mates, poisoned, *late)] == [1] * (4 + crashes)
         fields = broker.result(poisoned)
         assert (fields["status"], fields["error_code"], fields["attempts"]) == (
             "failed",
@@ -160,9 +164,7 @@ class TestCrashes:
         (entry,) = broker.listed()
         assert (entry["job_id"], entry["error_code"]) == (poisoned.id, "worker_crashed")
         assert "secret" not in str(entry)
-        together = 4  # 8, 4, 2, 1 in flight
-        lone = LONE_SPOKE if how == "os.abort()" else LONE_SILENT
-        assert crashes <= together + lone
+        assert crashes <= 2 + (LONE_SPOKE if how == "os.abort()" else LONE_SILENT)  # with three mates, with one, alone
         reports = list((tmp_path / "home" / ".radixq" / "crashes").glob("*"))
         assert bool(reports) == (how == "os.abort()")
         settled(broker)
@@ -174,7 +176,7 @@ class TestAsleep:
     def test_what_another_worker_finished_meanwhile_is_not_written_again(
         self, broker: Broker, start: Callable[..., Process], processes: Processes, tmp_path: Path
     ) -> None:
-        jobs = [broker.enqueue(3000) for _ in range(4)]
+        jobs = [broker.enqueue(1500, retry=Retry(2)) for _ in range(4)]
         sleeper = start(RADIXQ_WORKER_NAME="asleep")
         wait_until(lambda: all(broker.status(job) == "running" for job in jobs), "all run")
         sleeper.signal(signal.SIGSTOP)
@@ -192,7 +194,7 @@ class TestAsleep:
         settled(broker)
 
     def test_a_worker_that_wakes_up_alone_goes_on(self, broker: Broker, start: Callable[..., Process]) -> None:
-        jobs = [broker.enqueue(3000) for _ in range(4)]
+        jobs = [broker.enqueue(1500) for _ in range(4)]
         sleeper = start()
         wait_until(lambda: all(broker.status(job) == "running" for job in jobs), "all run")
         sleeper.signal(signal.SIGSTOP)

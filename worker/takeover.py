@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import WatchError
 from rq.executions import Execution
+from rq.job import JobStatus
 from rq.worker import BaseWorker
 from rq.worker_registration import unregister
 
@@ -134,7 +135,8 @@ class Takeover:
         after = judge(before, together=together, tokens=flight.tokens, spoke=spoke)
         ledger.remove(flight, pipe)
         if after is not None:
-            pipe.hset(keys.SUSPECTS, flight.job.id, str(after))
+            if ours or flight.status == JobStatus.QUEUED:
+                pipe.hset(keys.SUSPECTS, flight.job.id, str(after))
             if ours:
                 self._drain.put_back(flight, ledger, pipe)
         elif ours:
