@@ -134,9 +134,10 @@ def test_what_a_dead_process_had_claimed_and_not_started_is_back_at_once(
 def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
     host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:
-    jobs = enqueue(2)
+    *jobs, claimed = enqueue(3)
     far, near = host("there"), host("here")
     flights = far.take(*jobs)
+    far.pump._drain._claim([Candidate(claimed.id, "radixq")])
     far.die()  # nobody here can know
     assert near.pump._takeover.look() == 0
     expire(redis, *flights)
@@ -144,6 +145,8 @@ def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
     assert waiting(redis) == [job.id for job in jobs]
     redis.delete(far.worker.key)  # as time does
     near.pump._takeover.look()
+    assert sorted(waiting(redis)) == sorted(job.id for job in (*jobs, claimed))
+    assert waiting(redis, "radixq:intermediate") == []
     assert redis.smembers(keys.FLIGHTS) == {near.worker.name.encode()}
 
 

@@ -28,7 +28,7 @@ from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
 from worker.outage import is_outage
 from worker.sequence import Died, Event, Finished, Ready
-from worker.suspects import may_join
+from worker.suspects import RECORD_TOKENS, may_join
 from worker.sweep import Sweep
 from worker.takeover import Takeover
 
@@ -267,8 +267,9 @@ class Pump:
         decoded = self._runner.stats().decoded_tokens
         if self._alone != flight.id:
             self._alone, self._decoded_before = flight.id, decoded
-        if flight.tokens != decoded - self._decoded_before:
-            flight.tokens = decoded - self._decoded_before
+        tokens = decoded - self._decoded_before
+        if tokens >= flight.tokens + RECORD_TOKENS or (tokens and not flight.tokens):
+            flight.tokens = tokens
             self._drain.ledger.record(flight)
 
     def _deliver_all(self) -> None:

@@ -15,7 +15,9 @@ LONE_SPOKE: Final = 2
 """Crashes of a job alone, in the same place, until it is given up, where the process left its last words."""
 LONE_SILENT: Final = 4
 """The same where it did not. Then it was killed: perhaps for the job's hunger for memory, perhaps by somebody."""
-_NEAR_TOKENS: Final = 64  # what may be generated between two records of how far a job came
+RECORD_TOKENS: Final = 16
+"""How many tokens a job that runs alone generates between two records of how far it came."""
+_NEAR_TOKENS: Final = 64  # between the record and the crash there may be more: it is written beside the engine
 
 
 @dataclass(frozen=True, slots=True)

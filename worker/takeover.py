@@ -58,19 +58,19 @@ class Takeover:
         started = [entry for entry in entries if entry.execution]
         if words is None:
             started = self._lapsed(started)
-        else:
+        gone = words is not None or not self._worker.connection.exists(_worker_key(ledger.name))
+        if gone:
             self._unclaim(ledger, [entry for entry in entries if not entry.execution])
         jobs = self._hand_back(ledger, self._orphans(ledger, started), len(started), spoke=bool(words))
+        if gone:
+            self._forget(ledger)
         if words is not None:
             last = words.strip().splitlines()[0] if words.strip() else "none"
             _log.warning(
                 "took over from a dead worker", extra={"worker": ledger.name, "jobs": jobs, "last_words": last}
             )
-            self._forget(ledger)
         elif jobs:
             _log.warning("took over jobs without a sign of life", extra={"worker": ledger.name, "jobs": jobs})
-        elif not entries and not self._worker.connection.exists(_worker_key(ledger.name)):
-            ledger.close()  # it died elsewhere, and all it had is taken care of
         return jobs
 
     def _unclaim(self, ledger: Ledger, entries: Sequence[Entry]) -> None:
@@ -145,7 +145,9 @@ class Takeover:
             self._bury(flight, pipe, before.lone + 1 if before else 1)
 
     def _forget(self, ledger: Ledger) -> None:
-        """Take a dead worker off the books, ours and RQ's, nothing being left in its hands."""
+        """Take a dead worker off the books, ours and RQ's, once nothing runs in its name."""
+        if any(entry.execution for entry in ledger.entries()):
+            return
         connection = self._worker.connection
         dead = BaseWorker.find_by_key(_worker_key(ledger.name), connection, serializer=self._worker.serializer)
         if dead is not None:
