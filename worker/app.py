@@ -38,7 +38,7 @@ from common.settings import Settings
 from worker import platform
 from worker.flight import QueuedJob
 from worker.life import Life
-from worker.outage import is_outage
+from worker.outage import explain
 from worker.pump import Pump
 from worker.runner import Runner
 from worker.scout import Scout
@@ -198,9 +198,10 @@ class BatchWorker(BaseWorker):
             if self._schedule is not None:
                 self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
         except redis.exceptions.RedisError as error:
-            if not is_outage(error):
+            reason = explain(error)
+            if reason is None:
                 raise
-            _log.error("maintenance has to wait", extra={"error": error})
+            _log.error("maintenance has to wait", extra={"reason": reason})
         except ValueError as error:  # an id in RQ's lists that RQ refuses
             self.last_cleaned_at = now()  # type: ignore[assignment]
             _log.error("maintenance was not completed", extra={"error": error})

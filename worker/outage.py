@@ -6,18 +6,34 @@ from typing import Final
 
 from redis import exceptions
 
-_CLASSES: Final = (
-    exceptions.ConnectionError,  # away, loading its data, or refusing the password
-    exceptions.TimeoutError,
-    exceptions.OutOfMemoryError,
-    exceptions.ReadOnlyError,
-    exceptions.ClusterDownError,
-    exceptions.NoPermissionError,
-)
-_WORDS: Final = ("MISCONF", "NOREPLICAS", "BUSY ", "UNBLOCKED")
-"""How the others begin: the disk is full, replicas are missing, a script holds the server up, a failover."""
+# The first that fits counts. What redis-py says may quote the command that failed, and with it a job's text.
+_CLASSES: Final = {
+    exceptions.BusyLoadingError: "it is still loading its data",
+    exceptions.AuthenticationError: "it refuses our credentials; put the right ones into the Redis URL",
+    exceptions.NoPermissionError: "it denies us a command; see its ACL",
+    exceptions.OutOfMemoryError: "its memory is full (maxmemory)",
+    exceptions.ReadOnlyError: "it is a read-only replica; connect to the primary",
+    exceptions.ClusterDownError: "its cluster or its primary is down",
+    exceptions.TimeoutError: "it does not answer in time",
+    exceptions.ConnectionError: "",
+}
+_WORDS: Final = {
+    "MISCONF": "it cannot write its file; is the disk full?",
+    "NOREPLICAS": "too few replicas are there",
+    "BUSY ": "a script holds it up",
+    "UNBLOCKED": "its role has changed",
+}
 
 
 def is_outage(error: exceptions.RedisError) -> bool:
     """Return whether to try again later; anything else is a defect, or damage that stays."""
-    return isinstance(error, _CLASSES) or str(error).startswith(_WORDS)
+    return explain(error) is not None
+
+
+def explain(error: exceptions.RedisError) -> str | None:
+    """Return what is the matter with the server, in a few words; None if this is no outage."""
+    for kind, words in _CLASSES.items():
+        if isinstance(error, kind):
+            return words or str(error).strip().splitlines()[0]
+    said = str(error).rpartition("caused error: ")[2]  # in a pipeline, after the command
+    return next((words for start, words in _WORDS.items() if said.startswith(start)), None)

@@ -26,7 +26,7 @@ from worker.drain import Drain
 from worker.flight import Clock, Flight
 from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
-from worker.outage import is_outage
+from worker.outage import explain
 from worker.sequence import Died, Event, Finished, Ready
 from worker.suspects import RECORD_TOKENS, may_join
 from worker.sweep import Sweep
@@ -289,7 +289,8 @@ class Pump:
         try:
             step()
         except redis.exceptions.RedisError as error:
-            _log.error("redis failed while stopping", extra={"error": error, "running": len(self.flights)})
+            reason = explain(error) or type(error).__name__
+            _log.error("redis failed while stopping", extra={"reason": reason, "running": len(self.flights)})
 
     def _look(self) -> None:
         self._suspended = bool(is_suspended(self._worker.connection))
@@ -309,16 +310,17 @@ class Pump:
         try:
             exchange()
         except redis.exceptions.RedisError as error:
-            if not is_outage(error):
+            reason = explain(error)
+            if reason is None:
                 raise
-            _log.error("redis is away, going on without", extra={"error": error, "running": len(self.flights)})
+            _log.error("redis is away, going on without", extra={"reason": reason, "running": len(self.flights)})
             self._scout.want(0)
+            self._beat.hasten()  # it is back when it takes a write
             self._away_s = min(BACKOFF_S, 2 * self._away_s or TICK_S)
             self._away_until = time.monotonic() + self._away_s
         else:
             if self._away_s:
                 _log.warning("redis is back", extra={"undelivered": len(self.flights)})
-                self._beat.hasten()
             self._away_s = 0.0
 
 
