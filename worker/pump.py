@@ -184,9 +184,10 @@ class Pump:
             return False
         if max_jobs is not None and self.started >= max_jobs:
             return True
-        if burst and (self._suspended or (self._ready and not self._offers and self._scout.idle())):
-            return True
-        return max_idle_s is not None and self._ready and time.monotonic() - self._active_at > max_idle_s
+        long = max_idle_s is not None and self._ready and time.monotonic() - self._active_at > max_idle_s
+        if not (burst or long):
+            return False
+        return self._suspended or (self._ready and not self._offers and self._scout.idle())
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, Ready):
