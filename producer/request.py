@@ -34,9 +34,9 @@ class Options(TypedDict, total=False):
     """
 
     system: str | None
-    images: Sequence[str | bytes | PathLike[str] | Image] | None
     messages: Sequence[Mapping[str, Any]] | None
     prompt: str | None
+    images: Sequence[str | bytes | PathLike[str] | Image] | None
     max_tokens: int | None
     temperature: float | None
     top_p: float | None

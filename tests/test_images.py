@@ -1,4 +1,4 @@
-"""Pictures on their way to the wire: what becomes of every kind of file, and what is refused before anything is sent."""
+"""Pictures on their way to the wire: what becomes of every kind of file, what is refused before anything is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageSequence
-from redis import Redis
+from redis import ConnectionPool, Redis
+from redis import exceptions as redis_errors
+from redis.connection import Connection
 
 from common import keys, pictures
 from common.errors import ImageTooLarge, ImageUnreadable, InvalidRequest, Unsupported
@@ -440,6 +442,35 @@ def test_a_picture_of_many_megabytes_arrives_whole(redis: Redis) -> None:
     png = stored.fetch(redis, [digest], max_pixels=10**7)[digest]
     assert len(png) > 3 * 1024**2
     assert stored.decode(digest, png, max_pixels=10**7).tobytes() == picture.tobytes()
+
+
+class Breaking(Connection):
+    """A connection that breaks once, when a transaction has been sent and not yet answered."""
+
+    left = 0
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
+        if b"EXEC" in b"".join(command):
+            type(self).left -= 1
+            if type(self).left == 0:
+                self.disconnect()  # type: ignore[no-untyped-call]
+                raise redis_errors.ConnectionError("the network is gone")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_connection_lost_while_a_picture_is_stored_leaves_job_and_picture(
+    number: int, redis_url: str, redis: Redis
+) -> None:
+    client = Redis(connection_pool=ConnectionPool.from_url(redis_url, connection_class=Breaking))
+    submit("connect", redis=client)
+    Breaking.left = number
+    ticket = submit("What?", images=[scene()], redis=client)
+    assert Breaking.left < 1
+    (digest,) = held(redis)
+    png = stored.fetch(redis, [digest], max_pixels=MANY)[digest]
+    assert stored.decode(digest, png, max_pixels=MANY).size == (12, 8)
+    assert redis.zrange(keys.image_jobs(digest), 0, -1) == [ticket.id.encode()]
 
 
 def test_a_service_that_sends_text_never_loads_pillow(redis_url: str) -> None:

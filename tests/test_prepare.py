@@ -22,6 +22,8 @@ MAX_BYTES = 10_000
 SETTINGS = Settings.from_env({"RADIXQ_MAX_TOKENS": "50"})
 SECRET = "the patient is called Anna"  # stands in a prompt, and so in no message
 
+PICTURE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SECRET}"}}
+
 
 @pytest.fixture
 def loaded() -> LoadedTokenizer:
@@ -125,7 +127,7 @@ def test_a_prompt_without_tokens_is_refused(loaded: LoadedTokenizer) -> None:
 
 
 def test_a_picture_is_refused_with_the_way_to_serve_it(loaded: LoadedTokenizer) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    picture = {"type": "image_url", "image_url": {"url": "sha256:" + "0a" * 32}}
     job = GenerateJob.model_validate({"messages": [{"role": "user", "content": [picture]}]})
     with pytest.raises(Unsupported, match=r"tiny reads text only.*radixq\[vision\]"):
         prepare(job, loaded, SETTINGS)
@@ -186,6 +188,7 @@ def test_a_newer_wire_version_is_left_whatever_it_holds() -> None:
         (wire({"messages": [{"role": "user"}]}), r"messages\[0\].content: "),
         (wire({"messages": [{"role": "user", "content": [SECRET]}]}), r"messages\[0\].content"),
         (wire({"messages": SECRET}), "messages: .* got a string"),
+        (wire({"messages": [{"role": "user", "content": [PICTURE]}]}), r"content\[0\]\.image_url\.url: must be sha256"),
         (wire({"prompt": [SECRET]}), "prompt: .* got a list"),
         (wire({"prompt": ""}), "prompt: "),
         (wire({"prompt": "\ud800"}), "prompt: .* lone surrogate"),
