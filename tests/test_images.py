@@ -69,7 +69,8 @@ def argument(redis: Redis, job_id: str) -> Any:
 
 def held(redis: Redis) -> list[str]:
     """Return the digests of the pictures in Redis."""
-    return [key.decode().rpartition(":")[2] for key in redis.keys("radixq:image:*") if not key.endswith(b":jobs")]
+    names: Any = redis.keys("radixq:image:*")
+    return [name.decode().rpartition(":")[2] for name in names if not name.endswith(b":jobs")]
 
 
 def question(url: object, **extra: object) -> list[dict[str, Any]]:
@@ -162,7 +163,13 @@ def test_of_an_animation_the_first_frame_is_taken(kind: str) -> None:
 def test_two_files_of_one_picture_are_one(redis: Redis, tmp_path: Path) -> None:
     path = tmp_path / "a.webp"
     path.write_bytes(file(scene(), "WEBP", lossless=True))
-    sources = [file(scene()), data_url(file(scene(), compress_level=0)), path, scene(), bytearray(file(scene()))]
+    sources: list[Any] = [
+        file(scene()),
+        data_url(file(scene(), compress_level=0)),
+        path,
+        scene(),
+        bytearray(file(scene())),
+    ]
     submit("What?", images=sources, redis=redis)
     turned_back = scene().transpose(Image.Transpose.ROTATE_90)  # and its file says: turn it right
     submit("What?", images=[file(turned_back, exif=turned(TURNED_RIGHT))], redis=redis)
