@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +21,16 @@ from rq.registry import FailedJobRegistry
 from rq.utils import as_text
 
 from common import keys, pictures
-from common.errors import ImageTooLarge, ImageUnreadable, InternalError, InvalidRequest
+from common.errors import GenerationFailed, ImageTooLarge, ImageUnreadable, InternalError, InvalidRequest
 from common.serializer import JobSerializer
 from producer import Ticket, get, submit, submit_many
 from producer.album import Picture, store
+from tests.models import save_tiny
+from tests.processes import Processes
 from tests.test_deliver import PROMPT_TTL_S, Desk
 from worker.pictures import SLICE_BYTES, decode, fetch, sizes
 
+ROOT = Path(__file__).resolve().parent.parent
 MANY = 10**8
 PREFIX = as_text(Job.key_for(""))
 
@@ -220,6 +227,45 @@ def test_what_was_stored_twice_at_once_is_there_once_and_whole(redis: Redis) -> 
         store(redis, {job_id: (Picture("1" * 64, data),)}, time.time())
     assert redis.get(keys.image("1" * 64)) == data
     assert needed_by(redis, "1" * 64) == {"a", "b"}
+
+
+# --- without our package ---------------------------------------------------------------------------------------------
+
+
+def test_the_documented_way_to_store_a_picture_makes_one_of_our_jobs(
+    desk: Desk, redis_url: str, tmp_path: Path
+) -> None:
+    script = re.findall(r"```python\n(.*?)```", (ROOT / "ops/WIRE.md").read_text(), re.DOTALL)[1]
+    script += "import sys; assert not {'producer', 'common', 'pydantic'} & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "RADIXQ_REDIS_URL": redis_url},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    ticket = get(done.stdout.strip(), redis=redis_url)
+    image = picture(width=640, height=480)
+    found = fetch(desk.redis, [digest(image)], max_pixels=MANY)
+    assert decode(digest(image), found[digest(image)], max_pixels=MANY).tobytes() == image.tobytes()
+    sweep_as_if_later(desk.redis)
+    assert not expires(desk.redis, digest(image))
+    desk.finish(run(desk, ticket))
+    assert expires(desk.redis, digest(image))
+
+
+def test_a_worker_that_reads_only_text_refuses_the_job_and_frees_the_picture(
+    redis_url: str, redis: Redis, processes: Processes, tmp_path: Path
+) -> None:
+    with_picture, without = ask(redis), submit("Hello", max_tokens=2, redis=redis)
+    worker = processes.rq_worker(redis_url, "--burst", model=save_tiny(tmp_path / "tiny"))
+    assert worker.wait() == 0
+    with pytest.raises(GenerationFailed, match="reads text only") as refused:
+        with_picture.result(timeout_s=1)
+    assert refused.value.code == "unsupported"
+    assert without.result(timeout_s=1).status == "finished"
+    assert expires(redis)
 
 
 # --- what the worker reads -------------------------------------------------------------------------------------------
