@@ -113,7 +113,7 @@ def _bounded(data: bytes, limit: int) -> bytes:
 # -- from bytes to pixels ----------------------------------------------------------------------------------------------
 
 
-def open_file(data: bytes) -> Image.Image:
+def open_file(data: bytes) -> ImageFile.ImageFile:
     """Return the picture, not decoded yet: its size and mode are from the header.
 
     What it is, its first bytes say; names and media types are ignored. Pillow's own `open` would look at everything

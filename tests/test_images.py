@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image, ImageFile, ImageSequence
 from redis import ConnectionPool, Redis
 from redis import exceptions as redis_errors
 from redis.connection import Connection
@@ -22,7 +22,7 @@ from redis.connection import Connection
 from common import keys, pictures
 from common.errors import ImageTooLarge, ImageUnreadable, InvalidRequest, Unsupported
 from common.messages import GenerateJob
-from producer import submit, submit_many
+from producer import images, submit, submit_many
 from producer.images import normalise, open_file
 from producer.submit import CHUNK_JOBS
 from worker import pictures as stored
@@ -410,6 +410,22 @@ def test_a_thousand_questions_on_one_picture_send_it_once(redis: Redis) -> None:
     submit("And one more?", images=[picture], redis=redis)
     assert _received(redis) - sent < size / 2
     assert redis.zcard(keys.image_jobs(digest)) == CHUNK_JOBS + 2
+
+
+def test_one_file_is_decoded_once_in_a_call_however_it_is_given(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, path, opened = file(scene()), tmp_path / "a.png", []
+    path.write_bytes(data)
+
+    def counting(given: bytes) -> ImageFile.ImageFile:
+        opened.append(given)
+        return open_file(given)
+
+    monkeypatch.setattr(images, "open_file", counting)
+    sources: list[Any] = [data_url(data), bytearray(data), path, data_url(data, "image/jpeg")]
+    submit_many([{"text": "What?", "images": [source]} for source in sources * 20], redis=redis)
+    assert opened == [data]
 
 
 def _received(redis: Redis) -> int:
