@@ -45,10 +45,12 @@ def submit(text: str | None = None, *, redis: str | Redis | None = None, **optio
     `prompt` that no chat template touches. See `Options` for the rest; `redis` is a URL or a client, else
     `RADIXQ_REDIS_URL`, `RQ_REDIS_URL`, localhost. A job that names a `model` goes to that model's queue.
 
-    Blocks for one round trip; from asyncio use `await asyncio.to_thread(submit, ...)`.
+    Blocks for one round trip; from asyncio use `await asyncio.to_thread(submit, ...)`. Pictures are decoded and written
+    as PNG before that, 0.2 s of CPU for each million pixels, and sent unless Redis has them.
 
     Raises:
         InvalidRequest: an argument is wrong, or `job_id` is taken; nothing was written.
+        ImageUnreadable, ImageTooLarge: kinds of it; the message names the picture.
         BrokerUnavailable: Redis cannot be reached or refuses us.
     """
     settings = Settings.from_env()
@@ -65,7 +67,7 @@ def submit_many(
 
     A job is a text or a mapping with the arguments of `submit`; `defaults` hold where it names nothing else. All
     jobs are checked before the first is written. Up to `CHUNK_JOBS` jobs or `CHUNK_BYTES` are written at once, all
-    or none.
+    or none. Until then all pictures of the call are in memory, each once; they are written before the jobs.
 
     Raises:
         InvalidRequest: the message starts with the job's index, `jobs[3]: ...`; nothing was written.

@@ -256,6 +256,8 @@ UNREADABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda _: b"\x89PNG\r\n\x1a\n" + bytes(50), "the PNG file is damaged"),
     (lambda _: "data:image/png;base64,@@@", "not base64"),
     (lambda _: "data:image/png;base64", "no comma"),
+    (lambda _: "data:image/png;base64,\ud800", "not base64"),
+    (lambda _: "data:,\ud800", "no URL at all"),
     (lambda path: path / "nothing.png", "nothing.png' cannot be read: No such file"),
     (lambda path: path, "cannot be read: not a regular file"),
     (lambda _: Image.new("F", (2, 2)), "floating point"),
