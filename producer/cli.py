@@ -16,7 +16,6 @@ from common.errors import InvalidRequest, RadixqError
 from common.settings import Settings
 from producer import inspection
 from producer.broker import connect
-from producer.request import DEFAULT_TIMEOUT_S
 from producer.submit import submit
 from producer.ticket import Ticket, get
 
@@ -32,7 +31,7 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "model": (str, "only a worker that serves this model takes the job"),
     "queue": (str, "default radixq, or the model's queue"),
     "job-id": (str, "default: a random one"),
-    "timeout-s": (float, f"seconds the job may run once started; default {DEFAULT_TIMEOUT_S:,}"),
+    "timeout-s": (float, f"seconds the job may run once started; default {keys.DEFAULT_TIMEOUT_S:,}"),
 }
 
 

@@ -100,7 +100,7 @@ class Ticket:
                         state = read(client, [self.id])[0]
                         if self._known(state) in ("queued", "running"):
                             pipe.multi()
-                            self._append_cancel(pipe, client, now, settings)
+                            self._append_cancel(pipe, client, state.queue or "", now, settings)
                             pipe.execute()
                             return True
                         return False
@@ -159,6 +159,8 @@ class Ticket:
         """Return the reason of an end that only RQ recorded, or nobody."""
         if status == "cancelled":
             return Failure(code="cancelled", message="cancelled through RQ")
+        if status == "expired":
+            return Failure(code="expired", message="the job had not started at its expires_at")
         if status == "lost":
             return Failure(code="internal", message="RQ no longer runs it and no result was written; submit it again")
         with self._broker.speaking() as client:
@@ -167,20 +169,28 @@ class Ticket:
         crashed = any(mark in text for mark in _ABANDONED)
         return Failure(code="worker_crashed" if crashed else "internal", message=text.strip().splitlines()[-1])
 
-    def _append_cancel(self, pipe: Pipeline, client: Redis, now: str, settings: Settings) -> None:
-        job = Job.fetch(self.id, connection=client, serializer=JobSerializer)
+    def _append_cancel(self, pipe: Pipeline, client: Redis, queue: str, now: str, settings: Settings) -> None:
+        job = Job(self.id, connection=client, serializer=JobSerializer)  # not fetched: the payload may be anything
+        job.origin = queue
         job.cancel(pipeline=pipe)
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
         pictures.release(pipe, self.id, _digests(job), settings.prompt_ttl_s)
         key = keys.result(self.id)
-        cancelled = self._cancelled(client.hget(key, "json"), now)
+        json, idempotency_key, sha = client.hmget(key, "json", "idempotency_key", "request_sha")  # type: ignore[misc]
+        cancelled = self._cancelled(json, now)
         pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
         pipe.expire(key, settings.result_ttl_s)
+        if idempotency_key:
+            pipe.hset(key, mapping={"idempotency_key": idempotency_key, "request_sha": sha or ""})
+            pipe.expire(keys.idempotency(idempotency_key.decode(errors="replace")), settings.result_ttl_s)
 
     def _cancelled(self, json: bytes | str | None, now: str) -> Result:
-        before = Result.model_validate_json(json) if json else Result(id=self.id, status="queued", attempts=0)
+        try:
+            before = Result.model_validate_json(json or b"")
+        except ValidationError:  # it runs, or its record is not ours
+            before = Result(id=self.id, status="queued", attempts=0)
         started = before.timing.submitted_at
         total_ms = (datetime.fromisoformat(now) - datetime.fromisoformat(started)) / _MS if started else None
         timing = before.timing.model_copy(update={"finished_at": now, "total_ms": total_ms})
