@@ -122,7 +122,7 @@ class Refused(NamedTuple):
     """Why nothing was written: which draft, and the id or the length in question."""
 
     why: Refusal
-    index: int
+    draft: int
     detail: str | int
 
 

@@ -213,9 +213,10 @@ def _write(broker: Broker, chunk: list[_Checked], later: Mapping[str, int]) -> l
         except (errors.ConnectionError, errors.TimeoutError):
             answer = enqueue(client, drafts, nonce, later)
     if isinstance(answer, Refused):
-        raise _refusal(answer, drafts[answer.index])
+        raise _refusal(answer, drafts[answer.draft])
     owners = {draft.key: job_id for draft, job_id in zip(drafts, answer, strict=True) if draft.key}
-    return [owners.get(checked.request.key, checked.request.id) for checked in chunk]
+    requests = [checked.request for checked in chunk]
+    return [owners[request.key] if request.key else request.id for request in requests]
 
 
 def _store(broker: Broker, chunk: list[_Checked]) -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, cast
 
 from pydantic import ValidationError
 from redis import Redis
 from redis import exceptions as errors
 from redis.client import Pipeline
-from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.registry import CanceledJobRegistry
 
 from common import keys, pictures
 from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Failure, Result, Status
-from common.serializer import JobSerializer
+from common.serializer import JobSerializer, unpack
 from common.settings import Settings
 from producer.broker import Broker, connect
 from producer.request import check_id
@@ -176,9 +175,11 @@ class Ticket:
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
-        pictures.release(pipe, self.id, _digests(job), settings.prompt_ttl_s)
+        pictures.release(pipe, self.id, _digests(job, settings.max_job_bytes), settings.prompt_ttl_s)
         key = keys.result(self.id)
-        json, idempotency_key, sha = client.hmget(key, "json", "idempotency_key", "request_sha")  # type: ignore[misc]
+        json, idempotency_key, sha = cast(
+            list[bytes | None], client.hmget(key, "json", "idempotency_key", "request_sha")
+        )
         cancelled = self._cancelled(json, now)
         pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
         pipe.expire(key, settings.result_ttl_s)
@@ -186,7 +187,7 @@ class Ticket:
             pipe.hset(key, mapping={"idempotency_key": idempotency_key, "request_sha": sha or ""})
             pipe.expire(keys.idempotency(idempotency_key.decode(errors="replace")), settings.result_ttl_s)
 
-    def _cancelled(self, json: bytes | str | None, now: str) -> Result:
+    def _cancelled(self, json: bytes | None, now: str) -> Result:
         try:
             before = Result.model_validate_json(json or b"")
         except ValidationError:  # it runs, or its record is not ours
@@ -198,11 +199,13 @@ class Ticket:
         return before.model_copy(update={"status": "cancelled", "timing": timing, "error": failure})
 
 
-def _digests(job: Job) -> tuple[str, ...]:
+def _digests(job: Job, max_bytes: int) -> tuple[str, ...]:
     """Return the pictures that a job names, as far as it can be read."""
+    size = job.connection.hstrlen(job.key, "data")
+    packed = job.connection.hget(job.key, "data") if size <= max_bytes else None
     try:
-        return pictures.named(job.args[0])
-    except (DeserializationError, LookupError, TypeError):
+        return pictures.named(JobSerializer.loads(unpack(packed or b"", max_bytes))[2][0])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ()
 
 

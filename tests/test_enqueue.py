@@ -127,28 +127,27 @@ class Unreliable(Connection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         kind, loses = type(self), type(self).loses
-        if b"EVAL" not in b"".join(command):
-            super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
-            return
-        if loses is None:
+        if loses is None or b"EVAL" not in b"".join(command):
             super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
             return
         kind.loses = None
         if loses == "answer":
             super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
-            self.read_response()  # type: ignore[no-untyped-call]
+            self.read_response()
         else:
             wire = b"".join(command)
-            kind.late = staticmethod(lambda: _deliver(self, wire))  # type: ignore[assignment]
+            kind.late = staticmethod(lambda: _deliver(self, wire))
         self.disconnect()  # type: ignore[no-untyped-call]
         raise redis_errors.ConnectionError("the network is gone")
 
 
 def _deliver(connection: Connection, wire: bytes) -> None:
-    other = Connection(host=connection.host, port=connection.port, db=connection.db)
+    other = Connection(  # type: ignore[no-untyped-call]
+        host=connection.host, port=connection.port, db=connection.db
+    )
     other.connect()  # type: ignore[no-untyped-call]
     other.send_packed_command([wire])  # type: ignore[no-untyped-call]
-    other.read_response()  # type: ignore[no-untyped-call]
+    other.read_response()
     other.disconnect()  # type: ignore[no-untyped-call]
 
 
@@ -160,7 +159,7 @@ def test_a_connection_that_breaks_under_a_submit_queues_the_job_once(
 ) -> None:
     client = Redis(connection_pool=ConnectionPool.from_url(redis_url, connection_class=Unreliable))
     Unreliable.loses = loses
-    jobs = [{"text": "a", "idempotency_key": key, "job_id": "one" if named else None}, "b"]
+    jobs: list[Any] = [{"text": "a", "idempotency_key": key, "job_id": "one" if named else None}, "b"]
     tickets = submit_many(jobs, redis=client)
     if loses == "time":
         assert Unreliable.late

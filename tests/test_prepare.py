@@ -12,7 +12,7 @@ import mlx_lm
 import pytest
 
 from common.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from common.messages import GenerateJob, Sampling
+from common.messages import WIRE_VERSION, GenerateJob, Sampling
 from common.settings import Settings
 from tests.models import EOS, tiny, tiny_tokenizer
 from worker.model import LoadedTokenizer
@@ -158,7 +158,7 @@ def test_a_job_is_read_compressed_or_not() -> None:
 
 
 def test_a_newer_wire_version_is_left_whatever_it_holds() -> None:
-    assert read_job(wire({"v": 2, "thoughts": "x"}), max_bytes=MAX_BYTES) is None
+    assert read_job(wire({"v": WIRE_VERSION + 1, "thoughts": "x"}), max_bytes=MAX_BYTES) is None
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
-from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import JobStatus
 from rq.queue import Queue
 from rq.worker import BaseWorker, WorkerStatus
 
 from common import keys
-from common.errors import Cancelled
+from common.errors import Cancelled, Expired
 from common.log import logger
-from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker import history
+from worker.flight import Clock, Flight, enqueued_at, iso
+from worker.job import DAMAGED, EXPIRED, QueuedJob, read
 
 if TYPE_CHECKING:
     from worker.scout import Candidate
@@ -28,7 +29,6 @@ LEASE_S = 90
 """A job whose worker has not renewed its lease for this long is taken for abandoned, by any RQ worker."""
 
 _log = logger("worker.drain")
-_DAMAGED = (AssertionError, ValueError, KeyError, TypeError, NoSuchJobError, TimeoutFormatError)
 _OF_AN_ATTEMPT = (
     "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens", "error_code",
     "error_message", "finished_at", "queued_ms", "prefill_ms", "decode_ms", "total_ms", "json",
@@ -110,12 +110,9 @@ class Drain:
 
     def _fetch(self, claimed: Sequence[Candidate]) -> list[QueuedJob | None]:
         """Read the jobs; None for one whose hash is gone, which then leaves RQ's lists for good."""
-        with self._connection.pipeline(transaction=False) as pipe:
-            for candidate in claimed:
-                pipe.hgetall(QueuedJob.key_for(candidate.job_id))
-            hashes = pipe.execute()
+        found = read(self._connection, [candidate.job_id for candidate in claimed])
         jobs: list[QueuedJob | None] = []
-        for candidate, raw in zip(claimed, hashes, strict=True):
+        for candidate, raw in zip(claimed, found, strict=True):
             queue = self._queues[candidate.queue]
             jobs.append(self.restore(candidate.job_id, queue, raw) if raw else None)
             if not raw:
@@ -127,7 +124,7 @@ class Drain:
         job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
         try:
             job.restore(raw)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             _log.warning("job hash is damaged", extra={"job": job_id, "error": type(error).__name__})
             job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
             job.packed, job.data = raw.get(b"data", b""), b""
@@ -155,15 +152,19 @@ class Drain:
                 pipe.hget(job.key, "status")
                 pipe.hincrby(key, "attempts", 1)
                 pipe.hsetnx(key, "submitted_at", iso(enqueued_at(job)))
-                pipe.hget(key, "submitted_at")
-                pipe.hset(key, mapping=running)
+                pipe.hmget(key, "submitted_at", *history.FIELDS)
+                late = candidate.expires_s <= started_at
+                if candidate.refusal is None and not late:
+                    pipe.hset(key, mapping=running)
                 pipe.hdel(key, *_OF_AN_ATTEMPT)
                 pipe.persist(key)
                 execution = Execution.create(job, LEASE_S, pipeline=pipe, worker_name=self._worker.name)
                 job.prepare_for_execution(self._worker.name, pipeline=pipe)
                 pipe.persist(job.key)
                 pipe.lrem(queue.intermediate_queue_key, 1, job.id)
-                taken.append((candidate, Flight(job, queue, execution, started_at=started_at)))
+                flight = Flight(job, queue, execution, started_at=started_at)
+                flight.error = Expired(EXPIRED) if late else None
+                taken.append((candidate, flight))
             self._worker.heartbeat(LEASE_S, pipeline=pipe)
             self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
             self._unsure_flights = [flight for _, flight in taken]
@@ -172,11 +173,14 @@ class Drain:
             self._complete(flight, *replies[mark : mark + 4])
         return taken
 
-    def _complete(self, flight: Flight, status: bytes | None, attempts: int, _: int, submitted_at: bytes) -> None:
+    def _complete(
+        self, flight: Flight, status: bytes | None, attempts: int, _: int, kept: Sequence[bytes | None]
+    ) -> None:
         """Fill in what the transaction answered; put back the status of a job that was cancelled meanwhile."""
         job = flight.job
         flight.attempts = attempts
-        flight.submitted_at = _parse(submitted_at, flight.started_at)
+        flight.submitted_at = _parse(kept[0] or b"", flight.started_at)
+        flight.history = history.History.read(kept[1:])
         timeout = job.timeout or Queue.DEFAULT_TIMEOUT
         flight.deadline = time.monotonic() + timeout if timeout > 0 else float("inf")
         self._worker.executions[flight.id] = flight.execution

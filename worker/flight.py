@@ -6,11 +6,8 @@ Knows no Redis commands beyond asking the server for its time.
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ClassVar
 
 from redis import Redis
 from rq.executions import Execution
@@ -19,57 +16,8 @@ from rq.queue import Queue
 
 from common.errors import RadixqError
 from common.messages import Result
-from common.serializer import JobSerializer
-
-
-class QueuedJob(Job):
-    """An RQ job whose hash is not trusted.
-
-    RQ would import any callback it names, post to any webhook, and unpack a payload of any size. Here the payload stays
-    as it lies in Redis: it is neither unpacked nor written again.
-    """
-
-    callbacks: ClassVar[frozenset[str]] = frozenset()
-    packed = b""
-
-    def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
-        """Take everything from the hash but the payload."""
-        self.packed = raw_data.get(b"data", b"")
-        super().restore({**raw_data, b"data": b""})
-
-    def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
-        """Return what RQ writes, without the payload."""
-        fields = super().to_dict(include_meta, include_result)
-        return {name: value for name, value in fields.items() if name != "data"}
-
-    def body(self, max_bytes: int) -> Any:
-        """Return the job's argument, the JSON object that its producer wrote; None where there is no such thing."""
-        try:
-            unpacked = zlib.decompressobj().decompress(self.packed, max_bytes)
-        except zlib.error:
-            unpacked = self.packed
-        try:
-            return JobSerializer.loads(unpacked)[2][0]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return None
-
-    @property
-    def success_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().success_callback if self._success_callback_name in self.callbacks else None
-
-    @property
-    def failure_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().failure_callback if self._failure_callback_name in self.callbacks else None
-
-    @property
-    def stopped_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().stopped_callback if self._stopped_callback_name in self.callbacks else None
-
-    def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
-        """Send none."""
+from worker.history import History
+from worker.job import QueuedJob
 
 
 class Clock:
@@ -112,6 +60,7 @@ class Flight:
         submitted_at, started_at: seconds since the epoch by the server's clock.
         deadline: `time.monotonic()` at which the job has run for its timeout.
         stopped: someone asked RQ to stop it.
+        history: what earlier attempts left in its record.
         error: why there is no text, or will be none.
         result: what to write, once it is known.
         digests: pictures that the job needs until then; known with the result.
@@ -125,6 +74,7 @@ class Flight:
     attempts: int = 1
     deadline: float = float("inf")
     stopped: bool = False
+    history: History = History()
     error: RadixqError | None = None
     result: Result | None = None
     digests: tuple[str, ...] = ()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import cast
 
 from rq.executions import Execution
 from rq.job import JobStatus
@@ -16,7 +15,8 @@ from rq.worker_registration import get_keys, register, unregister
 
 from common.log import logger
 from worker.drain import LEASE_S, Drain, split
-from worker.flight import Flight, QueuedJob
+from worker.flight import Flight
+from worker.job import read
 
 _log = logger("worker.leases")
 
@@ -73,7 +73,7 @@ def _dead_workers(worker: BaseWorker) -> list[BaseWorker]:
 
 
 def _orphan(worker: BaseWorker, drain: Drain, execution: Execution) -> Flight | None:
-    raw = cast(dict[bytes, bytes], worker.connection.hgetall(QueuedJob.key_for(execution.job_id)))
+    (raw,) = read(worker.connection, [execution.job_id])
     queue = next((queue for queue in worker.queues if queue.name.encode() == raw.get(b"origin")), None)
     return Flight(drain.restore(execution.job_id, queue, raw), queue, execution) if queue else None
 

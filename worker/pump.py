@@ -20,11 +20,13 @@ from rq.worker import WorkerStatus
 
 from common.errors import Cancelled, JobTimeout, RadixqError
 from common.log import logger
-from worker import leases
+from worker import leases, schedule
 from worker.deliver import Outbox, refused
 from worker.drain import Drain
-from worker.flight import Clock, Flight
+from worker.flight import Clock, Flight, iso
 from worker.metrics import Jobs, Metrics
+from worker.orphans import Orphans
+from worker.reject import without_rejects
 from worker.sequence import Died, Event, Finished, Ready
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Pump:
         self._drain = Drain(worker, self._clock, label, settings.window_jobs)
         self._outbox = Outbox(worker, settings, self._clock, label)
         self._metrics = Metrics(worker.connection, label, self._clock)
+        self._orphans = Orphans(worker.connection, worker.queues, settings)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
         self._stops: SimpleQueue[str] = SimpleQueue()
@@ -153,13 +156,20 @@ class Pump:
             self._look()
         if self._second.due():
             self._publish("stopping" if self._stopping else self.state.value)
-            self._worker.enqueue_scheduled_jobs()
+            self._tend()
         if self._worker.should_run_maintenance_tasks:
             self._worker.run_maintenance_tasks()
         self._drain.settle()
         self._admit(max_jobs)
         if self._worker.get_state() != self.state:
             self._worker.set_state(self.state)
+
+    def _tend(self) -> None:
+        """Look after jobs that are in no queue yet, and after callbacks."""
+        now_s = self._clock.now()
+        schedule.enqueue_due(self._worker.connection, self._worker.queues, now_s)
+        self._orphans.cancel(iso(now_s))
+        self._outbox.callbacks.tick()
 
     def _over(self, burst: bool, max_jobs: int | None, max_idle_s: int | None) -> bool:
         if self.error is not None:
@@ -192,18 +202,25 @@ class Pump:
     def _admit(self, max_jobs: int | None) -> None:
         room = self._room(max_jobs)
         self._scout.want(room)
-        if not self._open:
-            self._scout.settled([candidate.job_id for candidate in self._offers])
-            self._offers = []
-        batch, self._offers = self._offers[: min(room, BATCH)], self._offers[min(room, BATCH) :]
+        if not self._open:  # what is refused or expired needs no room and no model
+            self._scout.settled([one.job_id for one in self._offers if self._stopping or one.prompt is not None])
+            self._offers = [one for one in self._offers if not self._stopping and one.prompt is None]
+        refused = [one for one in self._offers if one.prompt is None]
+        wanted = [one for one in self._offers if one.prompt is not None]
+        batch = [*refused, *wanted[:room]][:BATCH]
+        self._offers = [one for one in self._offers if one not in batch]
         if not batch:
             return
         try:
-            taken = self._drain.take(batch, self._outbox.model)
+            taken = self._drain.take(self._accepted(batch), self._outbox.model)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
         for candidate, flight in taken:
             self._launch(candidate, flight)
+
+    def _accepted(self, batch: list[Candidate]) -> list[Candidate]:
+        queues = {queue.name: queue for queue in self._worker.queues}
+        return without_rejects(self._worker.connection, queues, batch, iso(self._clock.now()), self._settings)
 
     @property
     def _open(self) -> bool:

@@ -232,6 +232,7 @@ class _Child:
             except redis.RedisError as error:
                 raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
             self._window.prepare(_SLICE_S)
+            self._window.expire()
             offers = self._window.offer(self._want)
             if offers:
                 self._pipe.send(offers)
