@@ -202,7 +202,7 @@ class Ticket:
 def _digests(job: Job, max_bytes: int) -> tuple[str, ...]:
     """Return the pictures that a job names, as far as it can be read."""
     size = job.connection.hstrlen(job.key, "data")
-    packed = job.connection.hget(job.key, "data") if size <= max_bytes else None
+    packed = cast("bytes | None", job.connection.hget(job.key, "data")) if size <= max_bytes else None
     try:
         return pictures.named(JobSerializer.loads(unpack(packed or b"", max_bytes))[2][0])
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from redis import Redis
 from rq import Queue
@@ -23,7 +22,7 @@ from rq.worker import Worker
 from common import keys
 from common.messages import Result
 from common.serializer import JobSerializer
-from tests.models import save_tiny
+from tests.models import save_endless
 from tests.processes import Process, Processes, wait_until
 from worker import server
 
@@ -100,13 +99,7 @@ def broker(redis_url: str) -> Iterator[Broker]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that never ends by itself, so that tests choose how long a job runs."""
-    directory = save_tiny(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=100_000)
-    weights: Any = mx.load(str(directory / "model.safetensors"))
-    head = weights["lm_head.weight"]
-    weights["lm_head.weight"] = mx.concatenate([head[:-3], mx.zeros_like(head[-3:])])  # the special tokens
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
-    return directory
+    return save_endless(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
