@@ -7,6 +7,7 @@ Runs in the main thread and never waits longer than `TICK_S`. Knows when what is
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -200,14 +201,12 @@ class Pump:
         self._outbox.put(flight, error)
 
     def _admit(self, max_jobs: int | None) -> None:
-        room = self._room(max_jobs)
-        self._scout.want(room)
-        if not self._open:  # what is refused or expired needs no room and no model
-            self._scout.settled([one.job_id for one in self._offers if self._stopping or one.prompt is not None])
-            self._offers = [one for one in self._offers if not self._stopping and one.prompt is None]
-        refused = [one for one in self._offers if one.prompt is None]
-        wanted = [one for one in self._offers if one.prompt is not None]
-        batch = [*refused, *wanted[:room]][:BATCH]
+        self._scout.want(self._room(max_jobs))
+        if not self._open:
+            left = [one for one in self._offers if self._stopping or not self._is_over(one)]
+            self._scout.settled([one.job_id for one in left])
+            self._offers = [one for one in self._offers if one not in left]
+        batch = self._due(max_jobs)[:BATCH]
         self._offers = [one for one in self._offers if one not in batch]
         if not batch:
             return
@@ -217,6 +216,22 @@ class Pump:
             self._scout.settled([candidate.job_id for candidate in batch])
         for candidate, flight in taken:
             self._launch(candidate, flight)
+
+    def _due(self, max_jobs: int | None) -> list[Candidate]:
+        """Choose from the offers what is to leave its queue now.
+
+        What will not run needs no room. What expires must have a row: in the engine it might wait, and run too late.
+        """
+        over = [one for one in self._offers if self._is_over(one)]
+        wanted = [one for one in self._offers if one not in over]
+        room, rows = self._room(max_jobs), self._runner.free_rows
+        return over + [
+            one for at, one in enumerate(wanted) if at < (room if one.expires_s == math.inf else min(room, rows))
+        ]
+
+    def _is_over(self, candidate: Candidate) -> bool:
+        """Whether it is only to be told so: it was refused, or its time has come."""
+        return candidate.prompt is None or candidate.expires_s <= self._clock.now()
 
     def _accepted(self, batch: list[Candidate]) -> list[Candidate]:
         queues = {queue.name: queue for queue in self._worker.queues}
@@ -233,7 +248,7 @@ class Pump:
 
     def _backlog(self, max_jobs: int | None) -> bool:
         """Whether there is more to do with Redis at once."""
-        return not self._away_s and (self._outbox.waits or (bool(self._offers) and self._room(max_jobs) > 0))
+        return not self._away_s and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
 
     def _launch(self, candidate: Candidate, flight: Flight) -> None:
         self.flights[flight.id] = flight

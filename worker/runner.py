@@ -92,6 +92,11 @@ class Runner:
             return 0
         return max(0, self._settings.max_rows + SPARE_PROMPTS - len(self._running))
 
+    @property
+    def free_rows(self) -> int:
+        """How many more prompts would start at once, as far as is known."""
+        return 0 if self._blocked else max(0, self._settings.max_rows - len(self._running))
+
     def stop(self) -> bool:
         """End the thread, dropping what runs; return whether it ended in time.
 
