@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,12 @@ from producer import inspection
 from producer.broker import connect
 from producer.submit import submit
 from producer.ticket import Ticket, get
+
+
+def moment(text: str) -> datetime | float:
+    """Return what `--expires-at` says; a time without a zone is refused by `submit`."""
+    return float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text)
+
 
 _LATER = ("batch", "top", "dead", "why")
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -31,6 +38,12 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "model": (str, "only a worker that serves this model takes the job"),
     "queue": (str, "default radixq, or the model's queue"),
     "job-id": (str, "default: a random one"),
+    "expires-at": (
+        moment,
+        "seconds from now, or a time such as 2026-11-23T06:00:00Z; not started then, never started",
+    ),
+    "idempotency-key": (str, "the same key again returns the job of the first time"),
+    "max-queue-length": (int, "refuse when more jobs would wait"),
     "timeout-s": (float, f"seconds the job may run once started; default {keys.DEFAULT_TIMEOUT_S:,}"),
 }
 
@@ -93,6 +106,9 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", metavar="STOP", help="ends the answer; may be given several times")
     parser.add_argument(
         "--image", action="append", type=Path, metavar="FILE", help="shown before TEXT; may be given several times"
+    )
+    parser.add_argument(
+        "--depends-on", action="append", metavar="ID", help="run after this job; may be given several times"
     )
     parser.add_argument("--prompt", action="store_true", help="TEXT is a raw prompt: no chat template")
     parser.add_argument("--wait", action="store_true", help="wait for the answer and print it")

@@ -183,6 +183,8 @@ class BatchWorker(BaseWorker):
             if self._pump is not None:
                 self._pump.renew()
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            if self._pump is not None:
+                self._pump.outbox.maintained()
             pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
         except AWAY as error:
             _log.error("maintenance has to wait", extra={"error": error})

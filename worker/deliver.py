@@ -48,6 +48,7 @@ class Outbox:
         self._label = label
         self._waiting: deque[Flight] = deque()
         self.callbacks = Callbacks()
+        self._abandoned: list[tuple[QueuedJob, WorkerCrashed]] = []
         self.model = ""
         self.jobs_finished = 0
         self.jobs_failed = 0
@@ -106,6 +107,14 @@ class Outbox:
         with self._worker.connection.pipeline() as pipe:
             self._write(job.id, result, pictures.named(body), pipe)
             pipe.execute()
+        if ends:
+            self._abandoned.append((job, error))
+
+    def maintained(self) -> None:
+        """Call back for jobs that were abandoned for good; RQ has committed it by now."""
+        while self._abandoned:
+            job, error = self._abandoned.pop()
+            self.callbacks.call(job, "failure", type(error), error, None)
 
     def close(self) -> None:
         """Give the callbacks a moment to end."""
