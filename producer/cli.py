@@ -119,7 +119,8 @@ def _submit(arguments: argparse.Namespace) -> None:
     text = _stdin() if arguments.text == "-" else arguments.text
     options: dict[str, Any] = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in _OPTIONS}
     options["prompt" if arguments.prompt else "text"] = text
-    ticket = submit(redis=arguments.redis, stop=arguments.stop, images=arguments.image, **options)
+    options |= {"stop": arguments.stop, "images": arguments.image, "depends_on": arguments.depends_on}
+    ticket = submit(redis=arguments.redis, **options)
     if arguments.wait:
         _print_result(ticket, arguments)
     else:

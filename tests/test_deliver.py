@@ -263,8 +263,8 @@ def test_a_job_abandoned_for_good_calls_back_once_and_one_that_runs_again_does_n
 
 
 ENDS_A_JOB = (
-    InvalidRequest, ContextLengthExceeded, Unsupported, ImageUnreadable, ImageTooLarge, JobTimeout, Expired, OutOfMemory,
-    PrefixPoisoned, InternalError,
+    InvalidRequest, ContextLengthExceeded, Unsupported, ImageUnreadable, ImageTooLarge, JobTimeout, Expired,
+    OutOfMemory, PrefixPoisoned, InternalError,
 )  # fmt: skip
 
 
