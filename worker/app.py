@@ -35,7 +35,7 @@ from common.errors import BrokerUnavailable, InternalError, RadixqError, Setting
 from common.serializer import JobSerializer
 from common.settings import Settings
 from worker import platform
-from worker.job import QueuedJob, bounded_everywhere
+from worker.job import QueuedJob, bounded_in_registries
 from worker.pump import AWAY, Pump
 from worker.runner import Runner
 from worker.scout import Scout
@@ -86,7 +86,7 @@ class BatchWorker(BaseWorker):
             name = name or _unique(self._label)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
             QueuedJob.max_bytes, QueuedJob.keep_s = self._settings.max_job_bytes, self._settings.prompt_ttl_s
-            bounded_everywhere()
+            bounded_in_registries()
         super().__init__(names, name, connection=connection, prepare_for_work=prepare_for_work, **options)
         self.push_exc_handler(self._abandoned)  # type: ignore[no-untyped-call]
         self.maintenance_interval = min(self.maintenance_interval, MAINTENANCE_S)

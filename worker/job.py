@@ -14,6 +14,7 @@ from redis import Redis
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.registry import BaseRegistry
 from rq.utils import import_attribute, now
 
 from common import keys
@@ -218,6 +219,12 @@ def _intervals(said: Any) -> list[int]:
     return [int(one) for one in said[:MAX_RETRIES]] or [0]
 
 
-def bounded_everywhere() -> None:
-    """Make RQ's own queues and registries in this process read jobs our way: some of them choose the class alone."""
-    Queue.job_class = QueuedJob
+def _own_queue(registry: BaseRegistry) -> Queue:
+    return Queue(
+        registry.name, connection=registry.connection, job_class=registry.job_class, serializer=registry.serializer
+    )
+
+
+def bounded_in_registries() -> None:
+    """Let RQ's registries read dependents by the class of job that they were given: left alone, they take RQ's own."""
+    BaseRegistry.get_queue = _own_queue  # type: ignore[method-assign]
