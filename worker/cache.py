@@ -48,6 +48,9 @@ class Need:
         return Need(self.nbytes + other.nbytes, self.holders + other.holders)
 
 
+NOTHING = Need(0, 0)
+
+
 class PrefixCache:
     """Finds, keeps and evicts prefixes; not thread-safe.
 
