@@ -21,6 +21,10 @@ Reuse = Literal["shared", "copied", "snapshot", "none"]
 """How a prefix serves a row: read in place by all; its KV copied; the whole state at its end copied; not at all."""
 
 
+PASSING = 0.04
+"""Copies that live for a moment may exceed the budget by this part of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What engine and cache may use.
@@ -39,13 +43,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What must fit beside the tree: bytes, and how many things that hold two arrays per layer."""
+    """What must fit beside the tree.
+
+    Attributes:
+        holders: things that hold two arrays per layer.
+        passing: bytes needed besides for a moment, while buffers are copied layer by layer.
+    """
 
     nbytes: int
     holders: int
+    passing: int = 0
 
     def __add__(self, other: Need) -> Need:
-        return Need(self.nbytes + other.nbytes, self.holders + other.holders)
+        return Need(self.nbytes + other.nbytes, self.holders + other.holders, max(self.passing, other.passing))
 
 
 NOTHING = Need(0, 0)
@@ -124,7 +134,8 @@ class PrefixCache:
     def make_room(self, need: Need) -> bool:
         """Evict until `need` fits beside the tree; return whether it does."""
         tree = self.tree
-        over = tree.nbytes + need.nbytes - self._limits.kv_bytes
+        passing = max(0, need.passing - int(PASSING * self._limits.kv_bytes))
+        over = tree.nbytes + need.nbytes + passing - self._limits.kv_bytes
         nodes_over = tree.num_nodes + 2 + need.holders - self._limits.arrays // (2 * self._loaded.num_layers)
         if over > tree.nbytes - tree.pinned_bytes or nodes_over > tree.num_nodes - tree.num_pinned:
             return False  # and nothing is evicted in vain

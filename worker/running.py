@@ -64,10 +64,11 @@ class Running:
         columns = self._columns(rows, least)
         whole = self._cache.nbytes(len(rows) * columns)
         prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
-        copy = 0 if self.batch.holds(len(rows), columns) else whole // self._cache.num_layers
         moved = [over for row in rows if (over := self._too_long(row, columns))]
-        buffers = max(whole, self.batch.nbytes + self._cache.nbytes(prefilled))
-        return Need(buffers + self._cache.nbytes(sum(moved)) + copy, 2 + len(moved))
+        lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
+        copied = 0 if self.batch.holds(len(rows), columns) else min(whole, before) // self._cache.num_layers
+        passing = max(0, before - lasting) + copied
+        return Need(lasting + self._cache.nbytes(sum(moved)), 2 + len(moved), passing)
 
     def _columns(self, rows: Sequence[Row], least: int) -> int:
         """Return how wide these rows' buffers are to be: as the longest tail becomes, but not much wider than most."""
