@@ -6,7 +6,7 @@ Between the engine, which runs rows, and the tree, which knows no arrays. Knows 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -20,6 +20,14 @@ from worker.solo import Solo
 Reuse = Literal["shared", "copied", "snapshot", "none"]
 """How a prefix serves a row: read in place by all; its KV copied; the whole state at its end copied; not at all."""
 
+
+WAYS: Final[dict[Reuse, str]] = {
+    "shared": "stored once and read in place",
+    "copied": "copied for each row: this model's attention cannot read shared ones",
+    "snapshot": "reused where the queue showed in advance that prompts part: this model keeps more than plain KV",
+    "none": "not reused: no way was found that leaves this model's tokens unchanged",
+}
+"""What becomes of prefixes, per way, in words."""
 
 PASSING = 0.04
 """Copies that live for a moment may exceed the budget by this part of it."""
