@@ -50,9 +50,9 @@ def submit(text: str | None = None, *, redis: str | Redis | None = None, **optio
     `prompt` that no chat template touches. See `Options` for the rest; `redis` is a URL or a client, else
     `RADIXQ_REDIS_URL`, `RQ_REDIS_URL`, localhost. A job that names a `model` goes to that model's queue.
 
-    Blocks for one round trip. Pictures are decoded and written as PNG before that, 0.2 s of CPU for each million pixels,
-    and sent unless Redis has them. The job is written once or not at all: a connection that breaks while the answer is
-    awaited does not leave two.
+    Blocks for one round trip. Pictures are decoded and written as PNG before that, 0.2 s of CPU for each million
+    pixels, and sent unless Redis has them. The job is written once or not at all: a connection that breaks while the
+    answer is awaited does not leave two.
 
     Raises:
         InvalidRequest: an argument is wrong, or `job_id` is taken; nothing was written.
