@@ -122,7 +122,7 @@ def prompt(tokens: Iterable[int], max_tokens: int = 8, branches: Sequence[int] =
 
 
 def examples(few: int) -> int:
-    """Return how many random examples to try; `ops/soak` asks for many more than the gate."""
+    """Return how many random examples to try; RADIXQ_TEST_EXAMPLES asks for more than the gate."""
     return int(os.environ.get("RADIXQ_TEST_EXAMPLES", few))
 
 
