@@ -16,6 +16,7 @@
     +-- InternalError           internal
     +-- SettingsError           a setting is wrong (commands only)
     +-- BrokerUnavailable       Redis cannot be used (commands only)
+    +-- QueueFull               as many jobs wait as the caller allows (submitting only)
     `-- GenerationFailed        raised by Ticket.result(); carries the code of what went wrong
 
 Handlers read the class (`code`, `retry`, `exit_code`), never the text. Knows no Redis and no MLX.
@@ -136,6 +137,23 @@ class BrokerUnavailable(RadixqError):
 
     retry = True
     exit_code = 4
+
+
+class QueueFull(RadixqError):
+    """More jobs would wait in the queue than the caller's `max_queue_length`; nothing was written.
+
+    Attributes:
+        queue: its name.
+        length: how many jobs wait in it now.
+    """
+
+    retry = True
+    exit_code = 6
+
+    def __init__(self, message: str, *, queue: str, length: int) -> None:
+        super().__init__(message)
+        self.queue = queue
+        self.length = length
 
 
 class GenerationFailed(RadixqError):

@@ -9,6 +9,10 @@ DEFAULT_QUEUE: Final = "radixq"
 GENERATE: Final = "radixq.generate"
 """Name of the job function. It is importable nowhere, so no foreign worker can run foreign code for it."""
 
+DEFAULT_TIMEOUT_S: Final = 3_600
+"""How long a job may run, from its start, where nobody says. Not RQ's 180 s: a row of a full batch on a small Mac, with
+a long answer, takes longer."""
+
 WORKERS: Final = "radixq:workers"
 DEAD: Final = "radixq:dead"
 IMAGES: Final = "radixq:images"

@@ -6,19 +6,29 @@ A job travels as one JSON object, `GenerateJob`; its answer is a `Result`. Both 
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema, field_validator, model_validator
 
-WIRE_VERSION: Final = 1
-"""Highest `v` this version writes and reads. A worker leaves jobs of a newer `v` in the queue."""
+WIRE_VERSION: Final = 2
+"""Highest `v` this version writes and reads. A worker leaves jobs of a newer `v` in the queue.
+
+2 adds `expires_at`. A job that does not use it is of version 1.
+"""
 
 Status = Literal["queued", "running", "finished", "failed", "cancelled", "expired", "lost"]
 FinishReason = Literal["stop", "length"]
 Text = Annotated[str, StringConstraints(min_length=1)]
 PICTURE: Final = re.compile("sha256:([0-9a-f]{64})")
 """The `url` of a picture on the wire; its group is the digest."""
+Time = Annotated[
+    str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?(Z|[+-]\d\d:\d\d)$", max_length=32)
+]
+"""A moment in ISO 8601 with its zone, for example `2026-11-22T14:03:05.123Z`."""
 
 
 class Wire(BaseModel):
@@ -107,11 +117,14 @@ class Sampling(Wire):
 
 
 class GenerateJob(Wire):
-    """One request for text: either `messages` (through the model's chat template) or a raw `prompt`."""
+    """One request for text: either `messages` (through the model's chat template) or a raw `prompt`.
+
+    It is not started at or after `expires_at` (since version 2).
+    """
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["messages"]}, {"required": ["prompt"]}]})
 
-    v: int = Field(default=WIRE_VERSION, ge=1, strict=True)
+    v: int = Field(default=1, ge=1, strict=True)
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1)
     prompt: Text | None = None
     sampling: Sampling = Sampling()
@@ -120,12 +133,25 @@ class GenerateJob(Wire):
     metadata: dict[str, str] = Field(default_factory=dict)
     custom_id: str | None = None
     batch_id: str | None = None
+    expires_at: Time | None = None
+
+    @field_validator("expires_at")
+    @classmethod
+    def _a_real_moment(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value).timestamp()  # ValueError: no such day or hour
+        return value
 
     @model_validator(mode="after")
     def _messages_or_prompt(self) -> GenerateJob:
         if (self.messages is None) == (self.prompt is None):
             raise ValueError("give either messages or prompt, and not both")
         return self
+
+    @property
+    def expires_s(self) -> float:
+        """When the job expires, in seconds since the epoch; infinity where it does not."""
+        return datetime.fromisoformat(self.expires_at).timestamp() if self.expires_at else math.inf
 
     @property
     def num_chars(self) -> int:
@@ -192,8 +218,20 @@ class Failure(Answer):
     message: str
 
 
+class Attempt(Failure):
+    """How an earlier attempt of a job ended; the job was then queued again."""
+
+    attempt: int = Field(ge=0)
+    worker: str | None = None
+    ended_at: str | None = None
+
+
 class Result(Answer):
-    """What became of a job. A failed job has no `text`; an empty answer is `finished` with `text == ""`."""
+    """What became of a job. A failed job has no `text`; an empty answer is `finished` with `text == ""`.
+
+    `errors` are the attempts before the last one. `idempotency_key` and `request_sha` (of what the caller asked for)
+    let a repeated submission find this job.
+    """
 
     id: str
     status: Status
@@ -205,20 +243,26 @@ class Result(Answer):
     worker: str | None = None
     attempts: int = Field(default=1, ge=0)
     error: Failure | None = None
+    errors: tuple[Attempt, ...] = ()
     custom_id: str | None = None
     batch_id: str | None = None
     metadata: dict[str, str] = Field(default_factory=dict)
+    expires_at: str | None = None
+    idempotency_key: str | None = None
+    request_sha: str | None = None
 
     def to_hash(self) -> dict[str, str]:
         """Return the fields of `radixq:result:ID`: plain strings, absent where there is nothing to say."""
         usage = self.usage.model_dump() if self.usage else {}
         error = {"error_code": self.error.code, "error_message": self.error.message} if self.error else {}
         flat = {
-            **self.model_dump(exclude={"id", "usage", "timing", "error", "metadata"}),
+            **self.model_dump(exclude={"id", "usage", "timing", "error", "errors", "metadata"}),
             **usage, **error, **self.timing.model_dump(),
         }  # fmt: skip
+        if self.errors:
+            flat["errors"] = json.dumps([one.model_dump(exclude_none=True) for one in self.errors], ensure_ascii=False)
         fields = {name: _plain(value) for name, value in flat.items() if value is not None}
-        return {**fields, "json": self.model_dump_json(exclude_none=True)}
+        return {**fields, "json": self.model_dump_json(exclude_none=True, exclude=None if self.errors else {"errors"})}
 
 
 def _plain(value: object) -> str:

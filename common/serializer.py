@@ -7,6 +7,7 @@ Pass this class as `serializer=` to `rq.Queue`, or use `rq.serializers.JSONSeria
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 
@@ -36,3 +37,11 @@ class JobSerializer:
                 "enqueue with serializer=rq.serializers.JSONSerializer or with producer.submit"
             )
         return json.loads(data)
+
+
+def unpack(packed: bytes, max_bytes: int) -> bytes:
+    """Undo RQ's compression, where there is one, as far as `max_bytes`; a payload may claim to be of any size."""
+    try:
+        return zlib.decompressobj().decompress(packed, max_bytes)
+    except zlib.error:  # written without compression, as other languages may
+        return packed[:max_bytes]

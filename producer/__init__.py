@@ -5,12 +5,13 @@ try:
         BrokerUnavailable,
         GenerationFailed,
         InvalidRequest,
+        QueueFull,
         RadixqError,
         SettingsError,
         Unsupported,
     )
     from common.messages import Result
-    from producer.submit import submit, submit_many
+    from producer.submit import asubmit, asubmit_many, submit, submit_many
     from producer.ticket import Ticket, get
     from producer.waiting import NoWorkerWarning
 except ImportError as missing:
@@ -29,11 +30,14 @@ __all__ = [
     "GenerationFailed",
     "InvalidRequest",
     "NoWorkerWarning",
+    "QueueFull",
     "RadixqError",
     "Result",
     "SettingsError",
     "Ticket",
     "Unsupported",
+    "asubmit",
+    "asubmit_many",
     "get",
     "submit",
     "submit_many",

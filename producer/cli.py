@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +17,14 @@ from common.errors import InvalidRequest, RadixqError
 from common.settings import Settings
 from producer import dead, inspection
 from producer.broker import connect
-from producer.request import DEFAULT_TIMEOUT_S
 from producer.submit import submit
 from producer.ticket import Ticket, get
+
+
+def moment(text: str) -> datetime | float:
+    """Return what `--expires-at` says; a time without a zone is refused by `submit`."""
+    return float(text) if text.replace(".", "", 1).isdigit() else datetime.fromisoformat(text)
+
 
 _LATER = ("batch", "top", "why")
 _DEAD_FIELDS = ("job_id", "at", "queue", "error_code", "crashes", "reason")
@@ -33,7 +39,13 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "model": (str, "only a worker that serves this model takes the job"),
     "queue": (str, "default radixq, or the model's queue"),
     "job-id": (str, "default: a random one"),
-    "timeout-s": (float, f"seconds the job may run once started; default {DEFAULT_TIMEOUT_S:,}"),
+    "expires-at": (
+        moment,
+        "seconds from now, or a time such as 2026-11-23T06:00:00Z; not started then, never started",
+    ),
+    "idempotency-key": (str, "the same key again returns the job of the first time"),
+    "max-queue-length": (int, "refuse when more jobs would wait"),
+    "timeout-s": (float, f"seconds the job may run once started; default {keys.DEFAULT_TIMEOUT_S:,}"),
 }
 
 
@@ -97,6 +109,9 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", type=Path, metavar="FILE", help="shown before TEXT; may be given several times"
     )
+    parser.add_argument(
+        "--depends-on", action="append", metavar="ID", help="run after this job; may be given several times"
+    )
     parser.add_argument("--prompt", action="store_true", help="TEXT is a raw prompt: no chat template")
     parser.add_argument("--wait", action="store_true", help="wait for the answer and print it")
     parser.add_argument("--timeout", type=float, metavar="S", help="with --wait: give up waiting after this long")
@@ -106,7 +121,8 @@ def _submit(arguments: argparse.Namespace) -> None:
     text = _stdin() if arguments.text == "-" else arguments.text
     options: dict[str, Any] = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in _OPTIONS}
     options["prompt" if arguments.prompt else "text"] = text
-    ticket = submit(redis=arguments.redis, stop=arguments.stop, images=arguments.image, **options)
+    options |= {"stop": arguments.stop, "images": arguments.image, "depends_on": arguments.depends_on}
+    ticket = submit(redis=arguments.redis, **options)
     if arguments.wait:
         _print_result(ticket, arguments)
     else:
@@ -164,16 +180,19 @@ def _add_dead(parser: argparse.ArgumentParser) -> None:
 
 
 def _dead(arguments: argparse.Namespace) -> None:
-    broker = connect(arguments.redis, Settings.from_env())
+    settings = Settings.from_env()
+    broker = connect(arguments.redis, settings)
     if (arguments.action == "list") == bool(arguments.ids or arguments.all) or (arguments.ids and arguments.all):
         raise InvalidRequest("radixq dead: list takes nothing more; requeue and purge take ids, or --all", field="ids")
     with broker.speaking() as client:
         entries = dead.listed(client)
         ids = list(dict.fromkeys(entry["job_id"] for entry in entries)) if arguments.all else arguments.ids
         if arguments.action == "requeue":
-            entries = [{"job_id": job_id} for job_id in dead.requeue(client, ids, broker.now_s())]
+            entries = [
+                {"job_id": job_id} for job_id in dead.requeue(client, ids, broker.now_s(), settings.max_job_bytes)
+            ]
         elif arguments.action == "purge":
-            entries = [{"job_id": job_id} for job_id in dead.purge(client, ids)]
+            entries = [{"job_id": job_id} for job_id in dead.purge(client, ids, settings.max_job_bytes)]
     if arguments.json:
         print(json.dumps(entries))
         return

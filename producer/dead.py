@@ -27,7 +27,7 @@ def listed(client: Redis) -> list[dict[str, str]]:
     return [entry for _, entry in _entries(client)]
 
 
-def requeue(client: Redis, job_ids: Sequence[str], now_s: float) -> list[str]:
+def requeue(client: Redis, job_ids: Sequence[str], now_s: float, max_bytes: int) -> list[str]:
     """Queue jobs again, without what was held against them, and take them off the list; return their ids.
 
     Raises:
@@ -46,7 +46,7 @@ def requeue(client: Redis, job_ids: Sequence[str], now_s: float) -> list[str]:
                             field="id",
                         )
                     pipe.multi()
-                    _append_requeue(pipe, client, job_id, now_s)
+                    _append_requeue(pipe, client, job_id, now_s, max_bytes)
                     pipe.xdel(keys.DEAD, *entries)
                     pipe.execute()
                     break
@@ -55,7 +55,7 @@ def requeue(client: Redis, job_ids: Sequence[str], now_s: float) -> list[str]:
     return list(job_ids)
 
 
-def purge(client: Redis, job_ids: Sequence[str]) -> list[str]:
+def purge(client: Redis, job_ids: Sequence[str], max_bytes: int) -> list[str]:
     """Take jobs off the list and delete their prompts; return their ids. Their results stay until they expire.
 
     Raises:
@@ -67,13 +67,13 @@ def purge(client: Redis, job_ids: Sequence[str]) -> list[str]:
             if client.hget(Job.key_for(job_id), "status") == b"failed":
                 job = Job.fetch(job_id, connection=client, serializer=JobSerializer)
                 job.delete(pipeline=pipe)
-                pictures.release(pipe, job_id, digests(job), 1)
+                pictures.release(pipe, job_id, digests(job, max_bytes), 1)
             pipe.xdel(keys.DEAD, *entries)
             pipe.execute()
     return list(job_ids)
 
 
-def _append_requeue(pipe: Pipeline, client: Redis, job_id: str, now_s: float) -> None:
+def _append_requeue(pipe: Pipeline, client: Redis, job_id: str, now_s: float, max_bytes: int) -> None:
     job = Job.fetch(job_id, connection=client, serializer=JobSerializer)
     queue, key = Queue(job.origin, connection=client), keys.result(job_id)
     pipe.zrem(FailedJobRegistry(job.origin, client).key, job_id)
@@ -82,7 +82,7 @@ def _append_requeue(pipe: Pipeline, client: Redis, job_id: str, now_s: float) ->
     pipe.persist(job.key)
     pipe.sadd(Queue.redis_queues_keys, queue.key)
     queue.push_job_id(job_id, pipeline=pipe)
-    for name in digests(job):
+    for name in digests(job, max_bytes):
         pictures.hold(pipe, name, [job_id], now_s)
     pipe.hdel(keys.SUSPECTS, job_id)
     pipe.hset(key, "status", "queued")

@@ -23,7 +23,8 @@ from common.errors import ImageTooLarge, ImageUnreadable
 MAX_REDIRECTS: Final = 3
 _PIECE: Final = 64 * 1024
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
+_NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+_ASSIGNED: Final = ipaddress.IPv6Network("2000::/3")  # the only part of IPv6 from which public addresses come
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -47,9 +48,11 @@ def fetch(url: str, *, max_bytes: int, within_s: float, allowed: Callable[[Addre
 
 
 def is_public(address: Address) -> bool:
-    """Return whether the address, and one of version 4 inside it, is on the public internet."""
+    """Return whether the address, or the one of version 4 that a gateway makes of it, is on the public internet."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast
     inner = _inner(address)
-    return address.is_global and not address.is_multicast and (inner is None or is_public(inner))
+    return is_public(inner) if inner is not None else address in _ASSIGNED and address.is_global
 
 
 def too_many_bytes(num_bytes: int, max_bytes: int) -> ImageTooLarge:
@@ -60,10 +63,8 @@ def too_many_bytes(num_bytes: int, max_bytes: int) -> ImageTooLarge:
     )
 
 
-def _inner(address: Address) -> ipaddress.IPv4Address | None:
-    """Return the address that a gateway would turn this one into: mapped, 6to4, Teredo, NAT64."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return None
+def _inner(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """Return the address inside this one, where it is mapped, 6to4, Teredo or NAT64."""
     if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)

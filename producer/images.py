@@ -7,7 +7,6 @@ become 8, by the upper byte; of an animation the first frame is taken; colour pr
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
 import struct
@@ -82,12 +81,13 @@ def _read_data(url: str, limit: int) -> bytes:
         raise download.too_many_bytes(len(payload) // 4, limit)
     if not comma:
         raise ImageUnreadable("the data: URL has no comma, and so no data")
-    if not head.lower().endswith(";base64"):
-        return _bounded(unquote_to_bytes(payload), limit)
     try:
-        return _bounded(base64.b64decode(unquote_to_bytes(payload), validate=True), limit)
-    except binascii.Error as error:
-        raise ImageUnreadable(f"the data: URL is not base64: {str(error).lower()}") from error
+        data = unquote_to_bytes(payload)
+        if head.lower().endswith(";base64"):
+            data = base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ImageUnreadable(f"the data: URL is not base64, or no URL at all: {str(error).lower()}") from error
+    return _bounded(data, limit)
 
 
 def _read_file(path: Path, limit: int) -> bytes:
@@ -113,11 +113,12 @@ def _bounded(data: bytes, limit: int) -> bytes:
 # -- from bytes to pixels ----------------------------------------------------------------------------------------------
 
 
-def open_file(data: bytes) -> Image.Image:
+def open_file(data: bytes) -> ImageFile.ImageFile:
     """Return the picture, not decoded yet: its size and mode are from the header.
 
     What it is, its first bytes say; names and media types are ignored. Pillow's own `open` would look at everything
-    that the process has registered, and warn about large pictures before we could refuse them.
+    that the process has registered, and warn about large pictures before we could refuse them. What the process set as
+    Pillow's `LOAD_TRUNCATED_IMAGES` holds here too.
     """
     kind, opener = _opener(data)
     try:

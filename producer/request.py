@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import math
 import re
 import reprlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, cast
 
 from pydantic import ValidationError
 
 from common import keys
 from common.errors import InvalidRequest, Unsupported
+from common.keys import DEFAULT_TIMEOUT_S
 from common.messages import GenerateJob, Sampling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_TIMEOUT_S: Final = 3_600
+
+class HasId(Protocol):
+    """What a dependency may be given as, instead of its id: a `Ticket`."""
+
+    id: str
 
 
 class Options(TypedDict, total=False):
@@ -31,12 +39,22 @@ class Options(TypedDict, total=False):
     URLs where `RADIXQ_IMAGE_URLS` allows it; the same may stand in `messages` as the `url` of an `image_url` part.
     Files are PNG, JPEG, WebP, GIF, and HEIC where pillow-heif is installed.
     `timeout_s` counts from the moment the worker starts the job, never the time in the queue; default one hour.
+    `expires_at` is a moment (a datetime with a time zone) or a number of seconds from now, by the server's clock; a job
+    that has not started by then never does, and ends as `expired`.
+    `idempotency_key`: as long as the result of the job that was first submitted with it is kept, another submit returns
+    that job's ticket; whether it waits, runs or has ended in whatever way. A different request is refused.
+    `max_queue_length` refuses the job with `QueueFull` when more would wait in its queue; jobs that run, or wait for
+    another job or for their next attempt, do not count.
+    `depends_on` names one job or several, by ticket or id; the job waits for them to finish. When one of them fails,
+    expires or is cancelled, so is this one, and its result says why.
+    `on_success`, `on_failure` and `on_stopped` name a function, `package.module.function`, that the worker calls with
+    what RQ gives to a callback, if its owner lists it in `RADIXQ_CALLBACKS`.
     """
 
     system: str | None
-    images: Sequence[str | bytes | PathLike[str] | Image] | None
     messages: Sequence[Mapping[str, Any]] | None
     prompt: str | None
+    images: Sequence[str | bytes | PathLike[str] | Image] | None
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -51,17 +69,29 @@ class Options(TypedDict, total=False):
     metadata: Mapping[str, str] | None
     chat_template_kwargs: Mapping[str, Any] | None
     timeout_s: float | None
+    expires_at: datetime | float | None
+    idempotency_key: str | None
+    max_queue_length: int | None
+    depends_on: str | HasId | Sequence[str | HasId] | None
+    on_success: str | None
+    on_failure: str | None
+    on_stopped: str | None
 
 
 _KNOWN: Final = ("text", *Options.__annotations__)
 _LATER: Final = {
-    "audio", "batch_id", "best_of", "depends_on", "echo", "expires_at", "format", "frequency_penalty",
-    "function_call", "functions", "grammar", "idempotency_key", "json_schema", "logit_bias", "logprobs",
-    "max_queue_length", "n", "on_failure", "on_stopped", "on_success", "parallel_tool_calls", "presence_penalty",
-    "priority", "prompt_logprobs", "repetition_penalty", "response_format", "store", "stream", "stream_options",
-    "suffix", "tool_choice", "tools", "top_logprobs", "user", "webhooks",
+    "audio", "batch_id", "best_of", "echo", "format", "frequency_penalty", "function_call", "functions", "grammar",
+    "json_schema", "logit_bias", "logprobs", "n", "parallel_tool_calls", "presence_penalty", "priority",
+    "prompt_logprobs", "repetition_penalty", "response_format", "store", "stream", "stream_options", "suffix",
+    "tool_choice", "tools", "top_logprobs", "user", "webhooks",
 }  # fmt: skip
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_MAX_KEY: Final = 256  # characters of an idempotency key
+_MAX_PARENTS: Final = 1_000
+_MAX_QUEUE: Final = 10**9
+_YEARS: Final = 10 * 365 * 86_400
+_CALLBACKS: Final = ("on_success", "on_failure", "on_stopped")
+_FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _TEXT_FIELDS: Final = ("text", "messages", "prompt")
 _RULES: Final = {
     "string_too_short": "must not be empty",
@@ -85,6 +115,8 @@ class Request:
     Attributes:
         source: the field that holds its text: `text`, `messages` or `prompt`.
         named: whether the caller chose the id (it may then be taken).
+        expires_in_s: what `expires_at` said, if it was relative; `job` then knows nothing of it yet.
+        callbacks: function names by `on_success`, `on_failure`, `on_stopped`.
     """
 
     job: GenerateJob
@@ -93,6 +125,22 @@ class Request:
     timeout_s: int
     source: str
     named: bool
+    expires_in_s: float | None
+    key: str | None
+    max_queue_length: int | None
+    parents: tuple[str, ...]
+    callbacks: Mapping[str, str]
+
+    @property
+    def sha(self) -> str:
+        """Digest of what is asked for, and of nothing that may differ when the same thing is asked for again."""
+        asked = self.job.model_dump(mode="json", exclude_defaults=True, exclude={"v", "expires_at"})
+        return hashlib.sha256(json.dumps([self.queue, asked], sort_keys=True).encode()).hexdigest()
+
+    def expiring(self, at_s: float) -> Request:
+        """Return the request with a moment to expire at, in seconds since the epoch."""
+        at = datetime.fromtimestamp(at_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return replace(self, job=self.job.model_copy(update={"v": 2, "expires_at": at}), expires_in_s=None)
 
 
 def parse(fields: Mapping[str, Any], *, max_bytes: int) -> Request:
@@ -116,8 +164,20 @@ def parse(fields: Mapping[str, Any], *, max_bytes: int) -> Request:
     except ValidationError as error:
         raise _refusal(error, body, source) from error
     _refuse_content(job)
-    job_id = str(given.get("job_id", uuid.uuid4()))
-    return Request(job, job_id, _queue(given), _timeout_s(given), source, named="job_id" in given)
+    request = Request(
+        job,
+        id=str(given.get("job_id", uuid.uuid4())),
+        queue=_queue(given),
+        timeout_s=_timeout_s(given),
+        source=source,
+        named="job_id" in given,
+        expires_in_s=None,
+        key=_key(given),
+        max_queue_length=_max_queue_length(given),
+        parents=_parents(given),
+        callbacks=_callbacks(given),
+    )
+    return _expiring(request, given.get("expires_at"))
 
 
 def check_id(job_id: object) -> str:
@@ -191,7 +251,7 @@ def _body(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     if "job_id" in given:
         check_id(given["job_id"])
     sampling = {name: given[name] for name in Sampling.model_fields if name in given}
-    body = {name: given[name] for name in GenerateJob.model_fields if name in given}
+    body = {name: given[name] for name in GenerateJob.model_fields if name in given and name != "expires_at"}
     if source == "text":
         turns = [("system", given.get("system")), ("user", _with_images(given))]
         body["messages"] = [{"role": role, "content": content} for role, content in turns if content is not None]
@@ -237,6 +297,57 @@ def _timeout_s(given: Mapping[str, Any]) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 10**9:
         raise _wrong("timeout_s", value, "must be a positive number of seconds")
     return math.ceil(value)
+
+
+def _expiring(request: Request, value: object) -> Request:
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            raise _wrong("expires_at", value, "has no time zone; say datetime.now(UTC) + timedelta(...)")
+        try:
+            return request.expiring(value.timestamp())
+        except (OverflowError, ValueError) as error:
+            raise _wrong("expires_at", value, "cannot be written in UTC") from error
+    if value is None:
+        return request
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _YEARS:
+        raise _wrong(
+            "expires_at", value, "must be a datetime with a time zone, or a positive number of seconds from now"
+        )
+    return replace(request, expires_in_s=float(value))
+
+
+def _key(given: Mapping[str, Any]) -> str | None:
+    key = given.get("idempotency_key")
+    if key is None or (isinstance(key, str) and 0 < len(key) <= _MAX_KEY and key.isprintable()):
+        return key
+    raise _wrong("idempotency_key", key, f"must be 1 to {_MAX_KEY} printable characters")
+
+
+def _max_queue_length(given: Mapping[str, Any]) -> int | None:
+    most = given.get("max_queue_length")
+    if most is None or (isinstance(most, int) and not isinstance(most, bool) and 0 <= most <= _MAX_QUEUE):
+        return most
+    raise _wrong("max_queue_length", most, "must be a number of jobs")
+
+
+def _parents(given: Mapping[str, Any]) -> tuple[str, ...]:
+    value = given.get("depends_on", ())
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(several) > _MAX_PARENTS:
+        raise InvalidRequest(f"depends_on names {len(several):,} jobs, more than {_MAX_PARENTS:,}", field="depends_on")
+    ids = [getattr(parent, "id", parent) for parent in several]
+    for parent in ids:
+        if not isinstance(parent, str) or not _JOB_ID.fullmatch(parent):
+            raise _wrong("depends_on", parent, "must be a ticket or the id of a job, or a list of them")
+    return tuple(dict.fromkeys(ids))
+
+
+def _callbacks(given: Mapping[str, Any]) -> dict[str, str]:
+    named = {name: given[name] for name in _CALLBACKS if name in given}
+    for name, function in named.items():
+        if not isinstance(function, str) or not _FUNCTION.fullmatch(function):
+            raise _wrong(name, function, "must be the name of a function, 'package.module.function'")
+    return named
 
 
 def _refusal(error: ValidationError, body: Mapping[str, Any], source: str) -> InvalidRequest:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, cast
+from datetime import datetime
+from typing import Any, Final, cast
 
 from redis import Redis
 from rq.job import Job
@@ -54,21 +55,35 @@ class State:
 def read(client: Redis, job_ids: Sequence[str]) -> list[State]:
     """Return the state of every job, in order, in one round trip."""
     with client.pipeline() as pipe:
+        pipe.time()
         for job_id in job_ids:
-            pipe.hmget(keys.result(job_id), "status", "json")
+            pipe.hmget(keys.result(job_id), "status", "json", "expires_at")
             pipe.hmget(Job.key_for(job_id), "status", "origin")
-        replies = pipe.execute()
-    return [_state(*ours, *rqs) for ours, rqs in zip(replies[::2], replies[1::2], strict=True)]
+        (seconds, _), *replies = pipe.execute()
+    return [_state(ours, rqs, seconds) for ours, rqs in zip(replies[::2], replies[1::2], strict=True)]
 
 
-def _state(ours: bytes | None, json: bytes | None, rqs: bytes | None, origin: bytes | None) -> State:
-    recorded = ours.decode() if ours else None
-    live = _FROM_RQ.get(rqs.decode(), "running") if rqs else None
-    queue = origin.decode() if origin else None
+def _state(ours: Sequence[Any], rqs: Sequence[Any], now_s: int) -> State:
+    recorded, json, expires_at = _text(ours[0]), ours[1], _text(ours[2])
+    live = _FROM_RQ.get(_text(rqs[0]) or "", "running") if rqs[0] else None
+    queue = _text(rqs[1])
     # A job that failed and was queued again by hand (`rq requeue`) is alive, whatever its old record says.
     requeued = live in ("queued", "running") and recorded != "finished"
     if recorded in ENDED and not requeued:
         return State(cast("Status", recorded), True, json, queue)
     if live is None:
         return State("lost" if recorded else None, False, json, queue)
+    if live == "queued" and expires_at and _is_over(expires_at, now_s):
+        live = "expired"  # no worker will start it; the next one that sees it writes so
     return State(live, False, json, queue)
+
+
+def _is_over(moment: str, now_s: int) -> bool:
+    try:
+        return datetime.fromisoformat(moment).timestamp() <= now_s
+    except ValueError:  # not written by us
+        return False
+
+
+def _text(value: bytes | None) -> str | None:
+    return value.decode(errors="replace") if value else None

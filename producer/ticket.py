@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, cast
 
 from pydantic import ValidationError
 from redis import Redis
 from redis import exceptions as errors
 from redis.client import Pipeline
-from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.registry import CanceledJobRegistry
 
 from common import keys, pictures
 from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Failure, Result, Status
-from common.serializer import JobSerializer
+from common.serializer import JobSerializer, unpack
 from common.settings import Settings
 from producer.broker import Broker, connect
 from producer.request import check_id
@@ -100,7 +99,7 @@ class Ticket:
                         state = read(client, [self.id])[0]
                         if self._known(state) in ("queued", "running"):
                             pipe.multi()
-                            self._append_cancel(pipe, client, now, settings)
+                            self._append_cancel(pipe, client, state.queue or "", now, settings)
                             pipe.execute()
                             return True
                         return False
@@ -159,6 +158,8 @@ class Ticket:
         """Return the reason of an end that only RQ recorded, or nobody."""
         if status == "cancelled":
             return Failure(code="cancelled", message="cancelled through RQ")
+        if status == "expired":
+            return Failure(code="expired", message="the job had not started at its expires_at")
         if status == "lost":
             return Failure(code="internal", message="RQ no longer runs it and no result was written; submit it again")
         with self._broker.speaking() as client:
@@ -167,21 +168,31 @@ class Ticket:
         crashed = any(mark in text for mark in _ABANDONED)
         return Failure(code="worker_crashed" if crashed else "internal", message=text.strip().splitlines()[-1])
 
-    def _append_cancel(self, pipe: Pipeline, client: Redis, now: str, settings: Settings) -> None:
-        job = Job.fetch(self.id, connection=client, serializer=JobSerializer)
+    def _append_cancel(self, pipe: Pipeline, client: Redis, queue: str, now: str, settings: Settings) -> None:
+        job = Job(self.id, connection=client, serializer=JobSerializer)  # not fetched: the payload may be anything
+        job.origin = queue
         job.cancel(pipeline=pipe)
         # RQ keeps cancelled jobs, with the prompt, for ever.
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
         pipe.hdel(keys.SUSPECTS, self.id)
-        pictures.release(pipe, self.id, digests(job), settings.prompt_ttl_s)
+        pictures.release(pipe, self.id, digests(job, settings.max_job_bytes), settings.prompt_ttl_s)
         key = keys.result(self.id)
-        cancelled = self._cancelled(client.hget(key, "json"), int(client.hget(key, "attempts") or 0), now)
+        json, attempts, idempotency_key, sha = cast(
+            list[bytes | None], client.hmget(key, "json", "attempts", "idempotency_key", "request_sha")
+        )
+        cancelled = self._cancelled(json, int(attempts or 0), now)
         pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
         pipe.expire(key, settings.result_ttl_s)
+        if idempotency_key:
+            pipe.hset(key, mapping={"idempotency_key": idempotency_key, "request_sha": sha or ""})
+            pipe.expire(keys.idempotency(idempotency_key.decode(errors="replace")), settings.result_ttl_s)
 
-    def _cancelled(self, json: bytes | str | None, attempts: int, now: str) -> Result:
-        before = Result.model_validate_json(json) if json else Result(id=self.id, status="queued", attempts=attempts)
+    def _cancelled(self, json: bytes | None, attempts: int, now: str) -> Result:
+        try:
+            before = Result.model_validate_json(json or b"")
+        except ValidationError:  # it runs, or its record is not ours
+            before = Result(id=self.id, status="queued", attempts=attempts)
         started = before.timing.submitted_at
         total_ms = (datetime.fromisoformat(now) - datetime.fromisoformat(started)) / _MS if started else None
         timing = before.timing.model_copy(update={"finished_at": now, "total_ms": total_ms})
@@ -189,11 +200,13 @@ class Ticket:
         return before.model_copy(update={"status": "cancelled", "timing": timing, "error": failure})
 
 
-def digests(job: Job) -> tuple[str, ...]:
+def digests(job: Job, max_bytes: int) -> tuple[str, ...]:
     """Return the pictures that a job names, as far as it can be read."""
+    size = job.connection.hstrlen(job.key, "data")
+    packed = cast("bytes | None", job.connection.hget(job.key, "data")) if size <= max_bytes else None
     try:
-        return pictures.named(job.args[0])
-    except (DeserializationError, LookupError, TypeError):
+        return pictures.named(JobSerializer.loads(unpack(packed or b"", max_bytes))[2][0])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ()
 
 

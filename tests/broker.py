@@ -1,4 +1,4 @@
-"""A database of a real server as producers and onlookers see it, and a model for jobs of any length.
+"""A database of a real server as producers and onlookers see it.
 
 Knows RQ's and our keys; knows nothing of how a worker works.
 """
@@ -6,10 +6,8 @@ Knows RQ's and our keys; knows nothing of how a worker works.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from redis import Redis
 from rq import Queue
 from rq.job import Job
@@ -18,7 +16,6 @@ from rq.worker import Worker
 
 from common import keys
 from common.serializer import JobSerializer
-from tests.models import save_tiny
 from tests.processes import Process, wait_until
 
 ENDLESS = 90_000
@@ -82,13 +79,3 @@ class Broker:
             return [str(worker.get_state().removeprefix("WorkerStatus.")) for worker in Worker.all(self.redis)]
 
         wait_until(lambda: states() == [state], f"the only worker is {state}")
-
-
-def save_endless(directory: Path) -> Path:
-    """Write a tiny model that never ends by itself, so that tests choose how long a job runs."""
-    save_tiny(directory, max_position_embeddings=100_000)
-    weights: Any = mx.load(str(directory / "model.safetensors"))
-    head = weights["lm_head.weight"]
-    weights["lm_head.weight"] = mx.concatenate([head[:-3], mx.zeros_like(head[-3:])])  # the special tokens
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
-    return directory

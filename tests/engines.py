@@ -85,6 +85,7 @@ def bench(
     max_rows: int = 6,
     chunk_tokens: int = 32,
     kv_bytes: int = 1 << 30,
+    arrays: int = 400_000,
     dtype: mx.Dtype = mx.float32,
 ) -> Bench:
     """Build an engine; `model` and `alone` must have equal weights (by default the same tiny Llama, made twice)."""
@@ -110,7 +111,7 @@ def bench(
         eos_token_ids=frozenset({EOS}),
         notes=(),
     )
-    engine = Engine(loaded, Limits(max_rows, chunk_tokens, kv_bytes), exact=exact)
+    engine = Engine(loaded, Limits(max_rows, chunk_tokens, kv_bytes, arrays), exact=exact)
     watched.engine = engine
     return Bench(engine, watched, made[1])
 
@@ -121,7 +122,7 @@ def prompt(tokens: Iterable[int], max_tokens: int = 8, branches: Sequence[int] =
 
 
 def examples(few: int) -> int:
-    """Return how many random examples to try; `ops/soak` asks for many more than the gate."""
+    """Return how many random examples to try; RADIXQ_TEST_EXAMPLES asks for more than the gate."""
     return int(os.environ.get("RADIXQ_TEST_EXAMPLES", few))
 
 

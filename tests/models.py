@@ -116,6 +116,16 @@ def save_tiny(
     return directory
 
 
+def save_endless(directory: Path) -> Path:
+    """Write a tiny model that never ends by itself, so that a test chooses how long a job runs; return it."""
+    save_tiny(directory, max_position_embeddings=100_000)
+    weights: Any = mx.load(str(directory / "model.safetensors"))
+    head = weights["lm_head.weight"]
+    weights["lm_head.weight"] = mx.concatenate([head[:-3], mx.zeros_like(head[-3:])])  # the special tokens
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
+    return directory
+
+
 def smollm2_path() -> Path:
     """Return SmolLM2-135M-Instruct as a .gguf file, or skip the test."""
     named = os.environ.get("RADIXQ_TEST_SMOLLM2")

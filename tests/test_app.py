@@ -24,7 +24,8 @@ from rq.worker import Worker
 from common import keys
 from common.messages import Result
 from common.serializer import JobSerializer
-from tests.broker import ENDLESS, SHORT, Broker, save_endless
+from tests.broker import ENDLESS, SHORT, Broker
+from tests.models import save_endless
 from tests.processes import Process, Processes, wait_until
 from worker import server
 from worker.app import _url

@@ -67,6 +67,17 @@ def test_every_option_of_submit_reaches_the_job(radixq: Any, redis: Redis) -> No
     assert shown == {"rq:queue:q": ["x"]}
 
 
+def test_submit_takes_keys_lengths_parents_and_times(radixq: Any, redis: Redis) -> None:
+    first = radixq("submit", "a", "--idempotency-key", "k", "--expires-at", "60").out
+    assert radixq("submit", "a", "--idempotency-key", "k", "--expires-at", "2099-01-01T00:00:00Z").out == first
+    radixq("submit", "b", "--depends-on", first.strip(), "--job-id", "child")
+    assert redis.hget("rq:job:child", "status") == b"deferred"
+    full = radixq("submit", "c", "--max-queue-length", "1")
+    assert (full.code, "holds 1 waiting job" in full.err) == (6, True)
+    wrong = radixq("submit", "c", "--expires-at", "soon")
+    assert (wrong.code, "moment" in wrong.err) == (2, True)
+
+
 def test_the_text_can_come_from_stdin(redis_url: str, redis: Redis) -> None:
     command = [sys.executable, "-m", "producer.cli", "submit", "-", "--redis", redis_url, "--job-id", "x"]
     done = subprocess.run(command, input=b"h\xc3\xa9llo", capture_output=True, cwd=ROOT)

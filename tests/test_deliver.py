@@ -20,7 +20,20 @@ from rq.registry import StartedJobRegistry
 from rq.results import Result as RqResult
 
 from common import keys
-from common.errors import GenerationFailed, InternalError, InvalidRequest, JobTimeout, OutOfMemory, RadixqError
+from common.errors import (
+    ContextLengthExceeded,
+    Expired,
+    GenerationFailed,
+    ImageTooLarge,
+    ImageUnreadable,
+    InternalError,
+    InvalidRequest,
+    JobTimeout,
+    OutOfMemory,
+    PrefixPoisoned,
+    RadixqError,
+    Unsupported,
+)
 from common.messages import Failure, Result, Usage
 from common.serializer import JobSerializer
 from common.settings import Settings
@@ -209,6 +222,65 @@ def test_a_transient_error_is_retried_and_each_attempt_shows(desk: Desk) -> None
     assert (fields["status"], fields["error_message"], fields["attempts"]) == ("failed", "full again", "2")
     assert desk.outbox.jobs_failed == 1
     assert desk.waiting == []
+
+
+def test_a_result_lists_what_ended_its_earlier_attempts(desk: Desk) -> None:
+    job = desk.enqueue(retry=Retry(2))
+    desk.fail(desk.take(job), OutOfMemory("full"))
+    desk.fail(desk.take(job), InternalError("a defect"))
+    waiting = Result.model_validate_json(desk.result(job)["json"])
+    assert [(one.attempt, one.code) for one in waiting.errors] == [(1, "out_of_memory"), (2, "internal")]
+    desk.finish(desk.take(job))
+    fields = desk.result(job)
+    whole = Result.model_validate_json(fields["json"])
+    assert (whole.status, whole.attempts, whole.error) == ("finished", 3, None)
+    assert [(one.attempt, one.message, one.worker) for one in whole.errors] == [
+        (1, "full", "mac"),
+        (2, "a defect", "mac"),
+    ]
+    assert all(one.ended_at for one in whole.errors)
+    assert json.loads(fields["errors"])[1]["code"] == "internal"
+
+
+def test_a_lost_worker_is_one_of_the_errors(desk: Desk) -> None:
+    job = desk.enqueue(retry=Retry(1))
+    flight = desk.take(job)
+    del desk.pump.flights[flight.id]
+    desk.redis.zadd("rq:wip:radixq", {flight.execution.composite_key: 1})
+    desk.worker.run_maintenance_tasks()
+    desk.finish(desk.take(job))
+    whole = Result.model_validate_json(desk.result(job)["json"])
+    assert (whole.attempts, [one.code for one in whole.errors]) == (2, ["worker_crashed"])
+
+
+def test_a_job_abandoned_for_good_calls_back_once_and_one_that_runs_again_does_not(desk: Desk) -> None:
+    for retry in (None, Retry(1)):
+        job = desk.enqueue(retry=retry, on_failure=Callback(f"{__name__}.listed"))
+        flight = desk.take(job)
+        del desk.pump.flights[flight.id]
+        desk.redis.zadd("rq:wip:radixq", {flight.execution.composite_key: 1})
+        desk.worker.run_maintenance_tasks()
+        wait_until(lambda: CALLS, "the callback ran")
+    time.sleep(0.2)
+    assert [says.split()[1] for _, says in CALLS] == [str(JobStatus.FAILED)]
+
+
+ENDS_A_JOB = (
+    InvalidRequest, ContextLengthExceeded, Unsupported, ImageUnreadable, ImageTooLarge, JobTimeout, Expired,
+    OutOfMemory, PrefixPoisoned, InternalError,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ENDS_A_JOB)
+def test_only_transient_errors_are_tried_again_however_many_retries_a_job_claims(
+    desk: Desk, error: type[RadixqError]
+) -> None:
+    job = desk.enqueue(retry=Retry(5))
+    desk.redis.hset(job.key, "retries_left", 10**9)
+    desk.fail(desk.take(job), error("for a reason"))
+    transient = error.code in ("out_of_memory", "prefix_poisoned", "internal")
+    assert bool(desk.waiting) == transient
+    assert not transient or int(desk.redis.hget(job.key, "retries_left") or 0) == 24
 
 
 def test_the_first_outcome_counts(desk: Desk) -> None:

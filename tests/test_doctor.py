@@ -12,6 +12,7 @@ from rq import Queue, Worker
 
 from common import keys
 from common.settings import Settings
+from tests.families import TABLE
 from tests.models import save_tiny
 from worker import doctor, server
 from worker.doctor import Check
@@ -51,7 +52,7 @@ def test_a_good_machine_passes_every_check(other_server: Redis, model: Path) -> 
     found.pop("versions")  # whether radixq is installed is not known here
     assert {check.name: check.detail for check in found.values() if not check.ok} == {}
     assert all(check.fix == "" for check in found.values())
-    assert found["kind of cache"].detail == "plain"
+    assert found["prefixes"].detail == "shared: stored once and read in place (KVCache)"
     assert found["model"].detail == "tiny, context 4096 tokens"
 
 
@@ -126,12 +127,21 @@ def test_a_hub_id_that_was_never_fetched_is_not_fetched_now() -> None:
     assert "will fetch it" in check.detail
 
 
-def test_a_model_whose_cache_is_not_plain_fails(tmp_path: Path) -> None:
-    sliding = save_tiny(tmp_path / "sliding", "gemma3_text", sliding_window=16, sliding_window_pattern=2)
-    check = look(model_path=str(sliding))["kind of cache"]
-    assert not check.ok
-    assert "RotatingKVCache" in check.detail
-    assert "plain KV cache" in check.fix
+@pytest.mark.parametrize(
+    ("arch", "way", "caches"),
+    [
+        ("gemma3_text", "snapshot", "(KVCache, RotatingKVCache)"),
+        ("gemma2", "copied", "(KVCache)"),
+    ],
+)
+def test_the_way_of_reuse_is_said_with_the_caches_that_decide_it(
+    tmp_path: Path, arch: str, way: str, caches: str
+) -> None:
+    config = {**TABLE["sizes"], "sliding_window_pattern": 2, "rope_scaling": None}
+    check = look(model_path=str(save_tiny(tmp_path / arch, arch, **config)))["prefixes"]
+    assert check.detail.startswith(f"{way}: ")
+    assert check.detail.endswith(caches)
+    assert check.ok
 
 
 def test_another_package_named_common_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

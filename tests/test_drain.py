@@ -203,17 +203,6 @@ def test_an_id_whose_job_has_ended_leaves_the_queue(
     assert drain.ledger.entries() == []
 
 
-def test_a_key_of_the_wrong_type_in_a_jobs_place_harms_nobody(
-    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
-) -> None:
-    jobs = enqueue(3)
-    redis.set(keys.result(jobs[0].id), "a string")
-    redis.delete(jobs[1].key)
-    redis.rpush(jobs[1].key, "a list")
-    assert [flight.job.id for flight in take(drain, jobs)] == [jobs[0].id, jobs[2].id]
-    assert result(redis, jobs[0])["status"] == "running"
-
-
 def test_a_job_that_became_a_suspect_after_it_was_offered_goes_back(
     drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ import pytest
 from common.messages import Sampling
 from tests.engines import Bench, alone, bench, family, prompt
 from tests.models import tiny, tiny_tokenizer
+from worker.row import Answer
 from worker.sequence import Failed, Finished, Prompt
 
 
@@ -295,6 +296,95 @@ def test_a_failure_in_any_layer_at_any_step_changes_no_answer(layer: int, at: in
     run.run(prompts)
     unchanged(run, prompts, prompts)
     nothing_leaks(run)
+
+
+def test_a_call_that_is_too_large_for_memory_runs_again_by_halves_and_no_answer_changes() -> None:
+    run = bench(max_rows=8, chunk_tokens=256)
+    largest: list[int] = []
+
+    def too_large(_: int, x: mx.array) -> bool:
+        largest.append(x.shape[0])
+        return x.shape[0] > 2 and x.shape[1] == 1
+
+    run.watched.model = Flaky(run.watched.model, when=too_large, error=ALLOCATION)
+    prompts = two_branches()
+    run.run(prompts)
+    unchanged(run, prompts, prompts)
+    assert sum(n > 2 for n in largest) < len(prompts)
+    assert max(map(len, (run.watched.logits[job_id] for job_id in prompts))) > 0
+    nothing_leaks(run)
+
+
+BROKEN = ValueError("injected")
+
+
+def break_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """Let call number `at` of a function raise."""
+    plain, calls = getattr(owner, name), count(1)
+
+    def broken(*args: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            raise BROKEN
+        return plain(*args, **options)
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+@pytest.mark.parametrize("at", [1, 6])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("worker.engine", "sample"),
+        ("worker.row.Answer", "add"),
+        ("worker.row.Answer", "finish"),
+        ("worker.row.Row", "finished"),
+        ("worker.cache.PrefixCache", "keep"),
+        ("worker.cache.PrefixCache", "find"),
+        ("worker.cache.PrefixCache", "make_room"),
+        ("worker.kv.Batch", "join"),
+        ("worker.kv.Batch", "open"),
+        ("worker.kv.Batch", "tail"),
+        ("worker.running.Running", "join"),
+        ("worker.kv.KV", "split"),
+        ("worker.kv.KV", "finite"),
+        ("worker.tokenizer.Detokenizer", "__init__"),
+    ],
+)
+def test_what_breaks_once_changes_no_answer(owner: str, name: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench(max_rows=5, chunk_tokens=32)
+    prompts = two_branches()
+    module, _, cls = owner.rpartition(".")
+    target = pytest.importorskip(owner) if name == "sample" else getattr(pytest.importorskip(module), cls)
+    break_once(monkeypatch, target, name, at)
+    run.run(prompts, seed=2)
+    unchanged(run, prompts, prompts)
+    nothing_leaks(run)
+
+
+def test_a_text_that_always_breaks_fails_its_own_job_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Answer.add
+
+    def add(answer: Answer, token: int) -> bool:
+        if "bad" in answer._matcher._stops:
+            raise BROKEN
+        return plain(answer, token)
+
+    monkeypatch.setattr(Answer, "add", add)
+    run = bench(max_rows=5)
+    prompts = {str(i): prompt([i, *range(20, 40)], 6) for i in range(8)}
+    run.run({"bad": prompt([*range(20), 292], 6, stop=("bad",)), **prompts}, seed=1)
+    assert isinstance(run.ended["bad"], Failed)
+    unchanged(run, prompts, prompts)
+    nothing_leaks(run)
+
+
+def test_an_interrupt_is_never_taken_for_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("worker.engine.sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench().run({"a": prompt(range(20))})
 
 
 def test_a_prefix_that_always_fails_takes_its_own_jobs_and_no_others() -> None:

@@ -22,17 +22,19 @@ from rq.job import Job, JobStatus
 
 from common import keys
 from common.serializer import JobSerializer
-from tests.broker import ENDLESS, Broker, save_endless
-from tests.models import tiny_tokenizer
+from tests.broker import ENDLESS, Broker
+from tests.models import save_endless, tiny_tokenizer
 from tests.processes import ROOT, Process, Processes, wait_until
 from worker import server
 from worker.suspects import LONE_SILENT, LONE_SPOKE
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
 POISON = "~"
-KILLS = int(os.environ.get("RADIXQ_TEST_KILLS", "8"))  # ops/soak asks for more
+KILLS = int(os.environ.get("RADIXQ_TEST_KILLS", "8"))  # fifty take half an hour
 PATIENCE_S = 400.0  # for a process that starts, runs some jobs and ends, on a busy machine
-_SOAK = pytest.mark.skipif("RADIXQ_TEST_KILLS" not in os.environ, reason="seven starts of a worker; ./ops/soak runs it")
+_SOAK = pytest.mark.skipif(
+    "RADIXQ_TEST_KILLS" not in os.environ, reason="seven starts of a worker; runs with RADIXQ_TEST_KILLS"
+)
 pytestmark = pytest.mark.timeout(900)  # many processes start one after the other
 
 # Put in front of PYTHONPATH: the engine ends its process soon after it decodes a prompt with POISON in it.

@@ -22,7 +22,7 @@ GOOD_JOBS: list[dict[str, Any]] = [
     {"v": 1, "messages": HELLO},
     {"v": 2, "prompt": "a"},
     {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "sha256:" + "0a" * 32}}]}]},
     {"prompt": "a", "sampling": {"max_tokens": 1, "temperature": 1, "seed": 0, "stop": ["\n"]}},
     {"prompt": "a", "model": "m", "metadata": {"k": "v"}, "chat_template_kwargs": {"a": [1]}, "custom_id": "c"},
 ]
@@ -34,7 +34,10 @@ BAD_JOBS: list[dict[str, Any]] = [
     {"messages": [{"role": "tool", "content": "a"}]},
     {"messages": [{"role": "user", "content": "a", "name": "b"}]},
     {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}]},
+    *(
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+        for url in ("", "data:,", "sha256:", "sha256:" + "0A" * 32, "0a" * 32, 5)
+    ),
     {"prompt": "a", "max_tokens": 3},
     {"prompt": "a", "v": 0},
     {"prompt": "a", "v": "1"},
@@ -87,12 +90,13 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 
 
 def test_a_job_knows_how_much_text_and_how_many_pictures_it_holds() -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    picture = {"type": "image_url", "image_url": {"url": "sha256:" + "0a" * 32}}
     content = [{"type": "text", "text": "ab"}, picture, {"type": "text", "text": "c"}, picture]
     job = GenerateJob.model_validate(
         {"messages": [{"role": "system", "content": "de"}, {"role": "user", "content": content}]}
     )
     assert (job.num_chars, job.num_images) == (5, 2)
+    assert job.digests == ("0a" * 32,) * 2
     assert job.messages
     assert job.messages[1].text == "abc"
     assert (GenerateJob(prompt="abcd").num_chars, GenerateJob(prompt="a").num_images) == (4, 0)

@@ -12,7 +12,7 @@ import mlx_lm
 import pytest
 
 from common.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from common.messages import GenerateJob, Sampling
+from common.messages import WIRE_VERSION, GenerateJob, Sampling
 from common.settings import Settings
 from tests.models import EOS, tiny, tiny_tokenizer
 from worker.model import LoadedTokenizer
@@ -21,6 +21,8 @@ from worker.prepare import prepare, read_job, seeded
 MAX_BYTES = 10_000
 SETTINGS = Settings.from_env({"RADIXQ_MAX_TOKENS": "50"})
 SECRET = "the patient is called Anna"  # stands in a prompt, and so in no message
+
+PICTURE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SECRET}"}}
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def test_a_prompt_without_tokens_is_refused(loaded: LoadedTokenizer) -> None:
 
 
 def test_a_picture_is_refused_with_the_way_to_serve_it(loaded: LoadedTokenizer) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    picture = {"type": "image_url", "image_url": {"url": "sha256:" + "0a" * 32}}
     job = GenerateJob.model_validate({"messages": [{"role": "user", "content": [picture]}]})
     with pytest.raises(Unsupported, match=r"tiny reads text only.*radixq\[vision\]"):
         prepare(job, loaded, SETTINGS)
@@ -156,7 +158,7 @@ def test_a_job_is_read_compressed_or_not() -> None:
 
 
 def test_a_newer_wire_version_is_left_whatever_it_holds() -> None:
-    assert read_job(wire({"v": 2, "thoughts": "x"}), max_bytes=MAX_BYTES) is None
+    assert read_job(wire({"v": WIRE_VERSION + 1, "thoughts": "x"}), max_bytes=MAX_BYTES) is None
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ def test_a_newer_wire_version_is_left_whatever_it_holds() -> None:
         (wire({"messages": [{"role": "user"}]}), r"messages\[0\].content: "),
         (wire({"messages": [{"role": "user", "content": [SECRET]}]}), r"messages\[0\].content"),
         (wire({"messages": SECRET}), "messages: .* got a string"),
+        (wire({"messages": [{"role": "user", "content": [PICTURE]}]}), r"content\[0\]\.image_url\.url: must be sha256"),
         (wire({"prompt": [SECRET]}), "prompt: .* got a list"),
         (wire({"prompt": ""}), "prompt: "),
         (wire({"prompt": "\ud800"}), "prompt: .* lone surrogate"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from common.settings import Settings
 from tests.engines import prompt
 from tests.models import save_tiny
+from worker import platform
 from worker.runner import SPARE_PROMPTS, Runner
 from worker.sequence import Died, Event, Failed, Finished, Ready
 
@@ -80,4 +82,24 @@ def test_a_model_that_is_not_there_is_reported_as_death(path: str | None) -> Non
     assert isinstance(died, Died)
     assert died.error.code == "model_not_loaded"
     assert "MLX_MODEL_PATH" in str(died.error)
+    runner.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"), [("100KB", "RADIXQ_KV_BYTES is 0.0001 GB"), (None, "which leaves 0.0000 GB")]
+)
+def test_a_model_beside_which_no_job_fits_is_refused_with_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, says: str
+) -> None:
+    if given is None:  # a device that the weights fill
+        full = replace(platform.device(), working_set_bytes=1)
+        monkeypatch.setattr(platform, "device", lambda: full)
+    more = {"RADIXQ_KV_BYTES": given or ""}
+    runner = Runner(settings(save_tiny(tmp_path / "tiny"), **more))
+    runner.start()
+    (died,) = events(runner, 1)
+    assert isinstance(died, Died)
+    assert died.error.code == "model_not_loaded"
+    assert says in str(died.error)
+    assert "1024 tokens need 0.0005 GB" in str(died.error)
     runner.stop()

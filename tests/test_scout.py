@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from producer import submit
 from tests.models import save_tiny, tiny_tokenizer
 from tests.processes import ROOT, wait_until
 from worker.model import LoadedTokenizer, load_tokenizer
+from worker.reject import to_bytes
 from worker.scout import POLL_S, Candidate, Scout
 from worker.window import CLIENT_NAME, Window, connect
 
@@ -195,11 +197,43 @@ def test_what_cannot_be_run_is_offered_with_the_reason(redis: Redis, window: Win
     }
 
 
-def test_an_id_that_rq_refuses_is_not_offered(redis: Redis, window: Window) -> None:
-    redis.rpush(f"rq:queue:{keys.DEFAULT_QUEUE}", "my.job", "", "\xe9")
+def test_an_id_that_rq_refuses_is_offered_as_a_refusal_whatever_its_bytes(redis: Redis, window: Window) -> None:
+    strange = [b"my.job", b"", b"a\nb", b"\xff"]
+    redis.rpush(f"rq:queue:{keys.DEFAULT_QUEUE}", *strange)
     (job,) = enqueue(redis, "once")
     read_all(window)
-    assert [candidate.job_id for candidate in window.offer(5)] == [job.id]
+    offers = {to_bytes(candidate.job_id): candidate.refusal is None for candidate in window.offer(5)}
+    assert offers == dict.fromkeys(strange, False) | {job.id.encode(): True}
+
+
+def test_a_key_that_is_no_hash_is_a_refusal_and_no_end_of_the_scout(redis: Redis, window: Window) -> None:
+    redis.rpush(f"rq:queue:{keys.DEFAULT_QUEUE}", "spoiled")
+    redis.rpush("rq:job:spoiled", "a list")
+    (job,) = enqueue(redis, "once")
+    read_all(window)
+    assert {candidate.job_id: candidate.refusal is None for candidate in window.offer(5)} == {
+        "spoiled": False,
+        job.id: True,
+    }
+
+
+def test_a_job_expires_without_room_and_whosever_it_is(redis: Redis, window: Window) -> None:
+    soon = (datetime.now(UTC) + timedelta(seconds=1)).isoformat()
+    late = datetime(2020, 1, 1, tzinfo=UTC).isoformat()
+    (ours,) = enqueue(redis, "ours", expires_at=soon)
+    (others,) = enqueue(redis, "of another model", expires_at=late, model="other")
+    (early,) = enqueue(redis, "early", expires_at=datetime(2100, 1, 1, tzinfo=UTC).isoformat())
+    read_all(window)
+    window.expire()
+    (first,) = window.offer(0)
+    assert (first.job_id, first.refusal and first.refusal.code) == (others.id, "expired")
+    time.sleep(1.1)
+    window.expire()
+    (second,) = window.offer(0)
+    assert (second.job_id, second.refusal and second.refusal.code) == (ours.id, "expired")
+    (third,) = [candidate for candidate in window.offer(9) if candidate.prompt]
+    assert third.job_id == early.id
+    assert third.expires_s == datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
 def test_a_payload_over_the_limit_is_refused_without_being_fetched(

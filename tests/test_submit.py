@@ -70,7 +70,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "messages=[] must not be empty"),
     ({"messages": "hello"}, "messages", "messages='hello' must be a list"),
     ({"messages": [3]}, "messages", "messages[0]=3 must be an object"),
-    ({"messages": [{"role": "user", "content": ""}]}, "messages", "hold no text"),
+    ({"messages": [{"role": "user", "content": ""}]}, "messages", "hold neither text nor pictures"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages", "messages[0].role='tool'"),
     ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is missing"),
     ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages", "messages[1].content=5"),
@@ -113,6 +113,25 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"text": "a", "timeout_s": 0}, "timeout_s", "timeout_s=0 must be a positive number"),
     ({"text": "a", "timeout_s": NAN}, "timeout_s", "timeout_s=nan"),
     ({"text": "a", "timeout_s": "1"}, "timeout_s", "timeout_s='1'"),
+    ({"text": "a", "expires_at": 0}, "expires_at", "positive number of seconds from now"),
+    ({"text": "a", "expires_at": True}, "expires_at", "expires_at=True"),
+    ({"text": "a", "expires_at": INF}, "expires_at", "expires_at=inf"),
+    ({"text": "a", "expires_at": "tomorrow"}, "expires_at", "a datetime with a time zone"),
+    ({"text": "a", "expires_at": datetime(2026, 1, 1)}, "expires_at", "has no time zone"),
+    ({"text": "a", "idempotency_key": ""}, "idempotency_key", "1 to 256 printable"),
+    ({"text": "a", "idempotency_key": "a\nb"}, "idempotency_key", "1 to 256 printable"),
+    ({"text": "a", "idempotency_key": "\ud800"}, "idempotency_key", "1 to 256 printable"),
+    ({"text": "a", "idempotency_key": "x" * 257}, "idempotency_key", "1 to 256 printable"),
+    ({"text": "a", "idempotency_key": 7}, "idempotency_key", "idempotency_key=7"),
+    ({"text": "a", "max_queue_length": -1}, "max_queue_length", "must be a number of jobs"),
+    ({"text": "a", "max_queue_length": 1.5}, "max_queue_length", "must be a number of jobs"),
+    ({"text": "a", "depends_on": 7}, "depends_on", "must be a ticket or the id"),
+    ({"text": "a", "depends_on": ["a", "b c"]}, "depends_on", "depends_on='b c'"),
+    ({"text": "a", "depends_on": ["a"] * 1001}, "depends_on", "names 1,001 jobs"),
+    ({"text": "a", "depends_on": "nobody"}, "depends_on", "no job has this id"),
+    ({"text": "a", "on_success": len}, "on_success", "must be the name of a function"),
+    ({"text": "a", "on_failure": "os"}, "on_failure", "must be the name of a function"),
+    ({"text": "a", "on_stopped": "a.b; c"}, "on_stopped", "must be the name of a function"),
     ({"text": "a\ud800"}, "text", "lone surrogate"),
     ({"text": "a", "system": "\udfff"}, "system", "lone surrogate"),
     ({"prompt": "\ud800"}, "prompt", "lone surrogate"),
@@ -140,9 +159,6 @@ def test_a_bad_argument_is_refused_by_name_before_anything_is_written(
 
 
 LATER = (
-    "expires_at",
-    "idempotency_key",
-    "depends_on",
     "n",
     "stream",
     "response_format",
@@ -157,14 +173,6 @@ def test_a_field_of_a_later_stage_is_refused_as_unsupported(field: str, redis: R
     fields: dict[str, Any] = {field: 1}
     with pytest.raises(Unsupported, match=f"^{field} is not supported"):
         submit("hello", redis=redis, **fields)
-    assert redis.dbsize() == 0
-
-
-@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "https://example.org/a.png"])
-def test_a_picture_is_refused_as_unsupported(url: str, redis: Redis) -> None:
-    content = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
-    with pytest.raises(Unsupported, match=r"messages\[0\]\.content holds a picture"):
-        submit(messages=[{"role": "user", "content": content}], redis=redis)
     assert redis.dbsize() == 0
 
 
@@ -321,7 +329,7 @@ class Overtaken(Connection):
     first: Any = None
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if b"EXEC" in b"".join(command) and type(self).first:
+        if b"EVAL" in b"".join(command) and type(self).first:
             first, type(self).first = type(self).first, None
             first()
         super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
@@ -349,7 +357,7 @@ class Counting(Connection):
         super().send_packed_command(command, check_health=check_health)  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize(("named", "most"), [(False, 1), (True, 3)])
+@pytest.mark.parametrize(("named", "most"), [(False, 1), (True, 1)])
 def test_1000_jobs_go_in_a_few_round_trips_and_in_order(named: bool, most: int, redis_url: str, redis: Redis) -> None:
     client = Redis(connection_pool=ConnectionPool.from_url(redis_url, connection_class=Counting))
     submit("connect twice, and ask for the time", queue="other", job_id="first", redis=client)
@@ -468,7 +476,7 @@ class Breaking(Connection):
     arrived: Redis
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        when = type(self).when if b"EXEC" in b"".join(command) else "never"
+        when = type(self).when if b"EVAL" in b"".join(command) else "never"
         if when != "never":
             type(self).when = "never"
         if when != "before":
@@ -497,7 +505,7 @@ class Failing(Connection):
     left = 0
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if b"EXEC" in b"".join(command):
+        if b"EVAL" in b"".join(command):
             type(self).left -= 1
             if type(self).left < 0:
                 raise redis_errors.ConnectionError("the network is gone")

@@ -234,13 +234,13 @@ def test_a_job_that_has_ended_cannot_be_cancelled(redis: Redis) -> None:
 
 def test_a_job_that_ends_while_it_is_being_cancelled_has_ended(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     ticket = submit("a", redis=redis)
-    fetch = Job.fetch
+    cancel = Job.cancel
 
-    def fetch_late(*args: Any, **kwargs: Any) -> Job:
+    def cancel_late(*args: Any, **kwargs: Any) -> Any:
         finish(redis, ticket.id)
-        return fetch(*args, **kwargs)
+        return cancel(*args, **kwargs)
 
-    monkeypatch.setattr(Job, "fetch", fetch_late)
+    monkeypatch.setattr(Job, "cancel", cancel_late)
     assert not ticket.cancel()
     assert ticket.result().text == "ok"
     assert redis.hget(f"rq:job:{ticket.id}", "status") == b"finished"

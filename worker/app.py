@@ -27,7 +27,6 @@ from rq.executions import Execution
 from rq.job import Job
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
-from rq.scheduler import RQScheduler
 from rq.utils import as_text, now
 from rq.worker import BaseWorker, DequeueStrategy, WorkerStatus
 
@@ -36,7 +35,7 @@ from common.errors import BrokerUnavailable, InternalError, RadixqError, Setting
 from common.serializer import JobSerializer
 from common.settings import Settings
 from worker import platform
-from worker.flight import QueuedJob
+from worker.job import QueuedJob, bounded_in_registries
 from worker.life import Life
 from worker.outage import explain
 from worker.pump import Pump
@@ -90,11 +89,12 @@ class BatchWorker(BaseWorker):
             name = name or _unique(self._label)
             self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
+            QueuedJob.max_bytes, QueuedJob.keep_s = self._settings.max_job_bytes, self._settings.prompt_ttl_s
+            bounded_in_registries()
         super().__init__(names, name, connection=connection, prepare_for_work=prepare_for_work, **options)
         self.push_exc_handler(self._abandoned)  # type: ignore[no-untyped-call]
         self.maintenance_interval = min(self.maintenance_interval, MAINTENANCE_S)
         self._pump: Pump | None = None
-        self._schedule: RQScheduler | None = None
         self._burst = self._orderly = self._entered = False
         self._max_jobs: int | None = None
         self._stopped_at = 0.0
@@ -112,7 +112,7 @@ class BatchWorker(BaseWorker):
     ) -> bool:
         """Run until asked to stop; with `burst` until nothing waits, with `max_jobs` until so many were run.
 
-        Return whether any job was run. RQ's scheduler always runs, in this process.
+        Return whether any job was run. Scheduling goes on in this process.
 
         Raises:
             SystemExit: the worker could not start or go on; one line on stderr says why.
@@ -193,10 +193,9 @@ class BatchWorker(BaseWorker):
                 self._pump.recover()
             super().run_maintenance_tasks()  # type: ignore[no-untyped-call]
             if self._pump is not None:
+                self._pump.outbox.maintained()
                 self._pump.sweep()
             pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
-            if self._schedule is not None:
-                self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
         except redis.exceptions.RedisError as error:
             reason = explain(error)
             if reason is None:
@@ -205,12 +204,6 @@ class BatchWorker(BaseWorker):
         except ValueError as error:  # an id in RQ's lists that RQ refuses
             self.last_cleaned_at = now()  # type: ignore[assignment]
             _log.error("maintenance was not completed", extra={"error": error})
-
-    def enqueue_scheduled_jobs(self) -> None:
-        """Put jobs whose time has come into their queues: retries with an interval, `enqueue_at`."""
-        if self._schedule is not None:
-            self._schedule.heartbeat()  # type: ignore[no-untyped-call]
-            self._schedule.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
 
     def bootstrap(self, *args: Any, **options: Any) -> None:
         """Take over from dead predecessors, then register."""
@@ -279,9 +272,6 @@ class BatchWorker(BaseWorker):
 
     def _unregister(self) -> None:
         try:
-            if self._schedule is not None:
-                self._schedule.release_locks()  # type: ignore[no-untyped-call]
-                self._schedule.register_death()
             super().teardown()  # type: ignore[no-untyped-call]
             assert self._pump is not None
             if not self._pump.ledger.entries():  # else whoever comes next takes over
@@ -296,10 +286,7 @@ class BatchWorker(BaseWorker):
             self._pump.outbox.abandon(job)
 
     def _start_scheduler(self, *args: Any, **options: Any) -> None:
-        """Schedule in this process, in the pump: RQ's own would fork, which MLX does not survive."""
-        self._schedule = RQScheduler(self.queues, connection=self.connection, serializer=self.serializer)
-        self._schedule.acquire_locks()  # type: ignore[no-untyped-call]
-        self._schedule.register_birth()
+        """Do nothing: RQ would fork, which MLX does not survive. The pump calls `worker.schedule`."""
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Never repeat a command by itself: a transaction whose answer was lost must not be sent twice."""

@@ -6,7 +6,7 @@ Between the engine, which runs rows, and the tree, which knows no arrays. Knows 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -19,6 +19,18 @@ from worker.solo import Solo
 
 Reuse = Literal["shared", "copied", "snapshot", "none"]
 """How a prefix serves a row: read in place by all; its KV copied; the whole state at its end copied; not at all."""
+
+
+WAYS: Final[dict[Reuse, str]] = {
+    "shared": "stored once and read in place",
+    "copied": "copied for each row: this model's attention cannot read shared ones",
+    "snapshot": "reused where the queue showed in advance that prompts part: this model keeps more than plain KV",
+    "none": "not reused: no way was found that leaves this model's tokens unchanged",
+}
+"""What becomes of prefixes, per way, in words."""
+
+PASSING = 0.04
+"""Copies that live for a moment may exceed the budget by this part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +51,22 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What must fit beside the tree: bytes, and how many things that hold two arrays per layer."""
+    """What must fit beside the tree.
+
+    Attributes:
+        holders: things that hold two arrays per layer.
+        passing: bytes needed besides for a moment, while buffers are copied layer by layer.
+    """
 
     nbytes: int
     holders: int
+    passing: int = 0
 
     def __add__(self, other: Need) -> Need:
-        return Need(self.nbytes + other.nbytes, self.holders + other.holders)
+        return Need(self.nbytes + other.nbytes, self.holders + other.holders, max(self.passing, other.passing))
+
+
+NOTHING = Need(0, 0)
 
 
 class PrefixCache:
@@ -121,7 +142,8 @@ class PrefixCache:
     def make_room(self, need: Need) -> bool:
         """Evict until `need` fits beside the tree; return whether it does."""
         tree = self.tree
-        over = tree.nbytes + need.nbytes - self._limits.kv_bytes
+        passing = max(0, need.passing - int(PASSING * self._limits.kv_bytes))
+        over = tree.nbytes + need.nbytes + passing - self._limits.kv_bytes
         nodes_over = tree.num_nodes + 2 + need.holders - self._limits.arrays // (2 * self._loaded.num_layers)
         if over > tree.nbytes - tree.pinned_bytes or nodes_over > tree.num_nodes - tree.num_pinned:
             return False  # and nothing is evicted in vain

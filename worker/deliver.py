@@ -5,10 +5,8 @@ An outbox: a result waits here while Redis is away. Knows nothing of queues, pro
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import redis.exceptions
@@ -21,7 +19,11 @@ from common.errors import Cancelled, Expired, InternalError, InvalidRequest, Rad
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
 from worker import books
-from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker.callbacks import Callbacks
+from worker.flight import Clock, Flight, enqueued_at, iso
+from worker.history import FIELDS as KEPT
+from worker.history import History, labels
+from worker.job import QueuedJob
 from worker.leases import fence
 from worker.sequence import Finished
 
@@ -35,7 +37,6 @@ _REFUSING: tuple[type[RadixqError], ...] = (InvalidRequest, *InvalidRequest.__su
 _NO_SIGN = "the worker that ran the job gave no more sign of life"
 _GIVEN_UP = "the worker process died each time it ran this job alone, at the same point"
 _MAX_DEAD = 10_000
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _REFUSALS = {error.code: error for error in _REFUSING}
 
 
@@ -51,7 +52,8 @@ class Outbox:
         self._clock = clock
         self._label = label
         self._waiting: deque[Flight] = deque()
-        self._callbacks = ThreadPoolExecutor(1, thread_name_prefix="callbacks")
+        self.callbacks = Callbacks()
+        self._abandoned: list[tuple[QueuedJob, WorkerCrashed]] = []
         self.model = ""
         self.jobs_finished = 0
         self.jobs_failed = 0
@@ -90,10 +92,19 @@ class Outbox:
         """Say in our hash what RQ is about to do with a job whose worker is gone: run it again, or fail it."""
         body = job.body(self._settings.max_job_bytes)
         job.failure_ttl = self._settings.prompt_ttl_s
-        result = self._crashed(job, body, "queued" if job.should_retry else "failed", _NO_SIGN)
+        ends = not job.should_retry
+        result = self._crashed(job, body, "failed" if ends else "queued", WorkerCrashed(_NO_SIGN))
         with self._worker.connection.pipeline() as pipe:
             self._write(job.id, result, pictures.named(body), pipe)
             pipe.execute()
+        if ends:
+            self._abandoned.append((job, WorkerCrashed(_NO_SIGN)))
+
+    def maintained(self) -> None:
+        """Call back for jobs that were abandoned for good; RQ has committed it by now."""
+        while self._abandoned:
+            job, error = self._abandoned.pop()
+            self.callbacks.call(job, "failure", type(error), error, None)
 
     def bury(self, flight: Flight, pipe: Pipeline, crashes: int) -> None:
         """Append that a job is given up: failed for RQ and for us, and listed in `radixq:dead`.
@@ -103,7 +114,8 @@ class Outbox:
         job, body = flight.job, flight.job.body(self._settings.max_job_bytes)
         job.ended_at = now()
         job.failure_ttl = self._settings.result_ttl_s
-        result = self._crashed(job, body, "failed", f"{_GIVEN_UP}; radixq dead requeue {job.id} tries it again")
+        error = WorkerCrashed(f"{_GIVEN_UP}; radixq dead requeue {job.id} tries it again")
+        result = self._crashed(job, body, "failed", error)
         books.append_failure(self._worker, flight, pipe, f"{WorkerCrashed.code}: {_GIVEN_UP}", retry=False)
         self._write(job.id, result, pictures.named(body), pipe, needed_s=self._settings.result_ttl_s)
         fields: dict[Any, Any] = {
@@ -113,21 +125,30 @@ class Outbox:
         pipe.xadd(keys.DEAD, fields, maxlen=_MAX_DEAD, approximate=True)
         _log.error("given up", extra={"job": job.id, "crashes": crashes, "code": WorkerCrashed.code})
 
-    def _crashed(self, job: QueuedJob, body: Any, status: Status, message: str) -> Result:
-        at = self._clock.now()
-        attempts = self._worker.connection.hget(keys.result(job.id), "attempts")
+    def buried(self, flight: Flight) -> None:
+        """Call back for a job that was given up, once that is committed."""
+        books.after_failure(flight, retry=False)
+        self.callbacks.call(flight.job, "failure", WorkerCrashed, WorkerCrashed(_GIVEN_UP), None)
+
+    def _crashed(self, job: QueuedJob, body: Any, status: Status, error: RadixqError) -> Result:
+        names = ("attempts", "worker", *KEPT)
+        attempts, worker, *kept = cast("list[bytes | None]", self._worker.connection.hmget(keys.result(job.id), names))
+        at, history, attempt = iso(self._clock.now()), History.read(kept), int(attempts or 1)
+        if status == "queued":
+            history = history.with_error(attempt, error, (worker or b"").decode(errors="replace"), at)
         return Result(
             id=job.id,
             status=status,
-            attempts=int(attempts or 1),
-            error=Failure(code=WorkerCrashed.code, message=message),
-            timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=iso(at) if status == "failed" else None),
-            **_labels(body),
+            attempts=attempt,
+            error=Failure(code=error.code, message=str(error)),
+            **history.fields(),
+            timing=Timing(submitted_at=iso(enqueued_at(job)), finished_at=at if status == "failed" else None),
+            **labels(body),
         )
 
     def close(self) -> None:
-        """Let the callbacks that already run end; drop the others."""
-        self._callbacks.shutdown(wait=False, cancel_futures=True)
+        """Give the callbacks a moment to end."""
+        self.callbacks.close()
 
     def _write(
         self, job_id: str, result: Result, digests: tuple[str, ...], pipe: Pipeline, *, needed_s: int | None = None
@@ -139,6 +160,8 @@ class Outbox:
         if result.status != "queued":
             pipe.expire(key, self._settings.result_ttl_s)
             pictures.release(pipe, job_id, digests, needed_s or self._settings.prompt_ttl_s)
+            if result.idempotency_key:
+                pipe.expire(keys.idempotency(result.idempotency_key), self._settings.result_ttl_s)
 
     def _deliver(self, flight: Flight) -> None:
         while True:
@@ -186,13 +209,13 @@ class Outbox:
         assert result is not None
         if error is None:
             self.jobs_finished += 1
-            self._call_back(job, "success_callback", job._result)
+            self.callbacks.call(job, "success", job._result)
             return
         self.jobs_failed += result.status == "failed"
         if flight.stopped:
-            self._call_back(job, "stopped_callback")
+            self.callbacks.call(job, "stopped")
         elif result.status != "queued":
-            self._call_back(job, "failure_callback", type(error), error, None)
+            self.callbacks.call(job, "failure", type(error), error, None)
 
     def _cancel(self, flight: Flight, pipe: Pipeline, *, deleted: bool) -> None:
         """End a job that was cancelled or deleted while it ran; RQ has taken it out of its registries already."""
@@ -233,35 +256,36 @@ class Outbox:
         return job
 
     def _result(self, flight: Flight, outcome: Finished | RadixqError) -> Result:
-        body = flight.job.body(self._settings.max_job_bytes)
+        body, started = flight.job.body(self._settings.max_job_bytes), not isinstance(outcome, Expired)
         flight.digests = pictures.named(body)
         common: dict[str, Any] = {
-            "id": flight.job.id, "model": self.model, "worker": self._label, "attempts": flight.attempts,
-            "timing": self._timing(flight, outcome), **_labels(body),
+            "id": flight.job.id, "model": self.model or None, "worker": self._label,
+            "attempts": flight.attempts if started else flight.attempts - 1,
+            "timing": self._timing(flight, outcome), **labels(body), **flight.history.fields(),
         }  # fmt: skip
         if isinstance(outcome, Finished):
             return Result(
                 status="finished", text=outcome.text, finish_reason=outcome.finish_reason, usage=outcome.usage, **common
             )
-        error = Failure(code=outcome.code, message=str(outcome))
-        return Result(status=_status(flight, outcome), error=error, **common)
+        error, status = Failure(code=outcome.code, message=str(outcome)), _status(flight, outcome)
+        if status == "queued":
+            at = iso(self._clock.now())
+            common |= flight.history.with_error(flight.attempts, outcome, self._label, at).fields()
+        return Result(status=status, error=error, **common)
 
     def _timing(self, flight: Flight, outcome: Finished | RadixqError) -> Timing:
         finished_at = self._clock.now()
         finished = outcome if isinstance(outcome, Finished) else None
+        started_at = finished_at if isinstance(outcome, Expired) else flight.started_at
         return Timing(
             submitted_at=iso(flight.submitted_at),
-            started_at=iso(flight.started_at),
+            started_at=None if isinstance(outcome, Expired) else iso(started_at),
             finished_at=iso(finished_at),
-            queued_ms=_milliseconds(flight.started_at - flight.submitted_at),
+            queued_ms=_milliseconds(started_at - flight.submitted_at),
             prefill_ms=round(finished.prefill_ms, 3) if finished else None,
             decode_ms=round(finished.decode_ms, 3) if finished else None,
             total_ms=_milliseconds(finished_at - flight.submitted_at),
         )
-
-    def _call_back(self, job: Job, kind: str, *args: object) -> None:
-        if getattr(job, f"_{kind}_name"):
-            self._callbacks.submit(_isolated, job, kind, *args)
 
 
 def refused(failure: Failure | None) -> RadixqError:
@@ -278,31 +302,5 @@ def _status(flight: Flight, error: RadixqError) -> Status:
     return "queued" if error.retry and flight.job.should_retry else "failed"
 
 
-def _labels(body: Any) -> dict[str, Any]:
-    """Pick what the producer wants to find again in the result, as far as it can be read."""
-    if not isinstance(body, dict):
-        return {}
-    labels = {name: body[name] for name in ("custom_id", "batch_id") if _writable(body.get(name))}
-    metadata = body.get("metadata")
-    if isinstance(metadata, dict) and all(_writable(part) for item in metadata.items() for part in item):
-        labels["metadata"] = metadata
-    return labels
-
-
-def _writable(value: object) -> bool:
-    """Whether it is a string that UTF-8 can hold: JSON can escape lone surrogates, which it cannot."""
-    return isinstance(value, str) and not _SURROGATE.search(value)
-
-
 def _milliseconds(seconds: float) -> float:
     return round(max(seconds, 0.0) * 1000, 3)
-
-
-def _isolated(job: Job, kind: str, *args: object) -> None:
-    """Run somebody's callback where it can neither fail the job nor hold up the worker."""
-    try:
-        callback = getattr(job, kind)
-        if callback is not None:
-            callback(job, job.connection, *args)
-    except Exception:  # noqa: BLE001  # not our code
-        _log.exception("callback raised", extra={"job": job.id, "callback": kind})

@@ -1,6 +1,7 @@
 """Look at everything a worker needs and say what is wrong, one line per check, each failure with its fix.
 
-Reads only: starts no server, fetches no model, changes nothing in Redis. Knows no job.
+Reads only: starts no server, fetches no model, changes nothing in Redis. A model that is here is loaded, for seconds
+and into memory, since how its prefixes can be reused is found by trying. Knows no job.
 """
 
 from __future__ import annotations
@@ -189,24 +190,38 @@ def _model(settings: Settings) -> Iterator[Check]:
     if not Path(settings.model_path).expanduser().exists() and not _is_cached(settings.model_path):
         yield Check("model", True, f"{settings.model_path} is not on this machine yet; the worker will fetch it")
         return
-    from mlx_lm.models.cache import make_prompt_cache
-
     from worker import model
 
     try:
         about = model.load_tokenizer(settings.model_path)
-        structure, _ = model._read_model(model._find(settings.model_path)[0])  # lazy: no weight is read
+        model._read_model(model._find(settings.model_path)[0])  # lazy: no weight is read
     except RadixqError as error:
         yield Check("model", False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
         return
     yield Check("model", True, f"{about.name}, context {about.context_length} tokens")
-    kinds = sorted({type(layer).__name__ for layer in make_prompt_cache(structure)})
-    yield Check(
-        "kind of cache",
-        kinds == ["KVCache"],
-        "plain" if kinds == ["KVCache"] else ", ".join(kinds),
-        "use a model with a plain KV cache in every layer, such as the Llama, Qwen2 and Qwen3 families",
-    )
+    yield _reuse(settings, settings.model_path)
+
+
+def _reuse(settings: Settings, path: str) -> Check:
+    """Load the model as a worker does, and say which way of reuse it allows: that is found by trying."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from worker import model, probe
+    from worker.cache import WAYS
+
+    name, device = "prefixes", platform.device()
+    if _stored_bytes(path) >= device.working_set_bytes:
+        return Check(
+            name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model"
+        )
+    try:
+        loaded = model.load(path, dtype=settings.dtype, device=device)
+    except RadixqError as error:
+        return Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
+    way = probe.reuse(loaded.model, loaded.context_length)
+    caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
+    fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
+    return Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
 
 
 def _is_cached(hub_id: str) -> bool:

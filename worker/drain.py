@@ -12,15 +12,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from redis.exceptions import WatchError
-from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
 from rq.queue import Queue
 from rq.worker import BaseWorker, WorkerStatus
 
 from common import keys
+from common.errors import Expired
 from common.log import logger
-from worker.flight import Clock, Flight, QueuedJob, enqueued_at, iso
+from worker import history
+from worker.flight import Clock, Flight, enqueued_at, iso
+from worker.job import DAMAGED, EXPIRED, QueuedJob, answer, ask
 from worker.leases import LEASE_S, fence
 from worker.ledger import Entry, Ledger, field
 from worker.suspects import Suspicion
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 _log = logger("worker.drain")
 _ENDED = {status.value for status in (JobStatus.CANCELED, JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED)}
-_DAMAGED = (AssertionError, ValueError, KeyError, TypeError, NoSuchJobError, TimeoutFormatError)
 _OF_AN_ATTEMPT = (
     "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens", "error_code",
     "error_message", "finished_at", "queued_ms", "prefill_ms", "decode_ms", "total_ms", "json",
@@ -64,12 +65,11 @@ end
 
 @dataclass(frozen=True, slots=True)
 class _Claimed:
-    """A claimed job that may run, as it was read under WATCH; `spoiled`: its result's key holds something else."""
+    """A claimed job that may run, as it was read under WATCH."""
 
     candidate: Candidate
     job: QueuedJob
     suspicion: Suspicion | None
-    spoiled: bool
 
 
 class Drain:
@@ -168,22 +168,22 @@ class Drain:
         """Read the claimed jobs and return those that may run, by id."""
         with self._connection.pipeline(transaction=False) as pipe:
             for candidate in claimed:
-                pipe.hgetall(QueuedJob.key_for(candidate.job_id))
-                pipe.type(keys.result(candidate.job_id))
+                ask(pipe, candidate.job_id)
                 pipe.hget(keys.SUSPECTS, candidate.job_id)
                 pipe.zcount(ExecutionRegistry(candidate.job_id, self._connection).key, time.time(), "+inf")
                 pipe.hexists(self.ledger.key, field(candidate.job_id))
-            replies = pipe.execute(raise_on_error=False)
+            replies = pipe.execute()
         ready: dict[str, _Claimed] = {}
-        for candidate, *found in zip(claimed, *(replies[n::5] for n in range(5)), strict=True):
-            raw, kind, suspicion, executions, ours = found
+        for candidate, reply, suspicion, executions, ours in zip(
+            claimed, *(replies[n::4] for n in range(4)), strict=True
+        ):
+            raw = answer(reply)
             why_not = _why_not(raw, executions, ours)
             if why_not:
                 _log.warning("not started", extra={"job": candidate.job_id, "reason": why_not})
                 continue
             job = self.restore(candidate.job_id, self._queues[candidate.queue], raw)
-            spoiled = kind not in (b"hash", b"none")
-            ready[job.id] = _Claimed(candidate, job, Suspicion.parse(suspicion), spoiled)
+            ready[job.id] = _Claimed(candidate, job, Suspicion.parse(suspicion))
         return ready
 
     def _let_go(self, candidate: Candidate, pipe: Pipeline) -> None:
@@ -196,7 +196,7 @@ class Drain:
         job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
         try:
             job.restore(raw)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             _log.warning("job hash is damaged", extra={"job": job_id, "error": type(error).__name__})
             job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
             job.packed, job.data = raw.get(b"data", b""), b""
@@ -219,14 +219,15 @@ class Drain:
             "model": model,
         }
         for item in ready:
-            job, queue, key = item.job, self._queues[item.candidate.queue], keys.result(item.job.id)
-            if item.spoiled:
-                pipe.delete(key)
+            candidate, job = item.candidate, item.job
+            queue, key = self._queues[candidate.queue], keys.result(job.id)
             marks.append(len(pipe))
             pipe.hincrby(key, "attempts", 1)
             pipe.hsetnx(key, "submitted_at", iso(enqueued_at(job)))
-            pipe.hget(key, "submitted_at")
-            pipe.hset(key, mapping=running)
+            pipe.hmget(key, "submitted_at", *history.FIELDS)
+            late = candidate.expires_s <= started_at
+            if candidate.refusal is None and not late:
+                pipe.hset(key, mapping=running)
             pipe.hdel(key, *_OF_AN_ATTEMPT)
             pipe.persist(key)
             execution = Execution.create(job, LEASE_S, pipeline=pipe, worker_name=self._worker.name)
@@ -234,18 +235,20 @@ class Drain:
             pipe.persist(job.key)
             pipe.lrem(queue.intermediate_queue_key, 1, job.id)
             flight = Flight(job, queue, execution, started_at=started_at, suspicion=item.suspicion)
+            flight.error = Expired(EXPIRED) if late else None
             pipe.hdel(self.ledger.key, field(job.id))
             self.ledger.write(flight, pipe)
-            taken.append((item.candidate, flight))
+            taken.append((candidate, flight))
         if taken:
             self._worker.heartbeat(LEASE_S, pipeline=pipe)
             self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
         return taken, marks
 
-    def _complete(self, flight: Flight, attempts: int, _: int, submitted_at: bytes) -> None:
+    def _complete(self, flight: Flight, attempts: int, _: int, kept: Sequence[bytes | None]) -> None:
         """Fill in what the transaction answered."""
         flight.attempts = attempts
-        flight.submitted_at = _parse(submitted_at, flight.started_at)
+        flight.submitted_at = _parse(kept[0] or b"", flight.started_at)
+        flight.history = history.History.read(kept[1:])
         timeout = flight.job.timeout or Queue.DEFAULT_TIMEOUT
         flight.deadline = time.monotonic() + timeout if timeout > 0 else float("inf")
         self._worker.executions[flight.id] = flight.execution
@@ -287,11 +290,11 @@ def in_order(flights: Iterable[Flight]) -> list[Flight]:
     return sorted(flights, key=lambda flight: enqueued_at(flight.job))
 
 
-def _why_not(raw: Any, executions: Any, ours: Any) -> str:
+def _why_not(raw: Mapping[bytes, bytes], executions: int, ours: bool) -> str:
     """Say why a claimed job must not be started; nothing if it may."""
     if not ours:
         return "somebody took it back"
-    if not isinstance(raw, dict) or not raw:
+    if not raw:
         return "it has no record in RQ"
     status = raw.get(b"status", b"").decode(errors="replace")
     if status == JobStatus.STARTED and executions:

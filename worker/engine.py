@@ -23,7 +23,7 @@ import numpy as np
 from common.errors import InternalError, OutOfMemory, RadixqError
 from common.log import logger
 from worker import attention
-from worker.cache import Limits, Need, PrefixCache, Reuse
+from worker.cache import NOTHING, Limits, Need, PrefixCache, Reuse
 from worker.intake import Fill, Intake
 from worker.model import LoadedModel
 from worker.row import Answer, Row
@@ -247,7 +247,8 @@ class Engine:
         finished = row.finished()
 
         def keep() -> list[Event]:
-            beside = self._demand(leaving=row)
+            joining, beside = self._coming()
+            beside += self._running.demand(joining, leaving=row)
             self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index], beside=beside)
             return []
 
@@ -318,13 +319,12 @@ class Engine:
     def _filling(self) -> Sequence[Row]:
         return self._fill.rows if self._fill else ()
 
-    def _demand(self, leaving: Row) -> Need:
-        """Return what all rows need when one has left."""
-        fill = self._fill
-        if fill and fill.segment:
-            (row,) = fill.rows
-            return self._running.demand(leaving=leaving) + self.cache.segment_need(row, row.prefix_tokens + fill.width)
-        return self._running.demand(self._filling, leaving=leaving)
+    def _coming(self) -> tuple[Sequence[Row], Need]:
+        """Return the rows that will join, and what the segment under way takes."""
+        if self._fill and self._fill.segment:
+            (row,) = self._fill.rows
+            return (), self.cache.segment_need(row, row.prefix_tokens + self._fill.width)
+        return self._filling, NOTHING
 
     def _new_row(self, job_id: str, prompt: Prompt, company: int | None = None) -> Row:
         answer = Answer(self._loaded.tokenizer, prompt.sampling.stop)

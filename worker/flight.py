@@ -6,86 +6,19 @@ Knows no Redis commands beyond asking the server for its time.
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from datetime import UTC, datetime
 
 from redis import Redis
 from rq.executions import Execution
-from rq.job import Job, JobStatus
+from rq.job import Job
 from rq.queue import Queue
-from rq.utils import now
 
 from common.errors import RadixqError
 from common.messages import Result
-from common.serializer import JobSerializer
+from worker.history import History
+from worker.job import QueuedJob
 from worker.suspects import Suspicion
-
-if TYPE_CHECKING:
-    from redis.client import Pipeline
-
-
-class QueuedJob(Job):
-    """An RQ job whose hash is not trusted.
-
-    RQ would import any callback it names, post to any webhook, and unpack a payload of any size. Here the payload stays
-    as it lies in Redis: it is neither unpacked nor written again.
-    """
-
-    callbacks: ClassVar[frozenset[str]] = frozenset()
-    packed = b""
-
-    def restore(self, raw_data: Mapping[bytes, bytes]) -> None:
-        """Take everything from the hash but the payload."""
-        self.packed = raw_data.get(b"data", b"")
-        super().restore({**raw_data, b"data": b""})
-
-    def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
-        """Return what RQ writes, without the payload."""
-        fields = super().to_dict(include_meta, include_result)
-        return {name: value for name, value in fields.items() if name != "data"}
-
-    def body(self, max_bytes: int) -> Any:
-        """Return the job's argument, the JSON object that its producer wrote; None where there is no such thing."""
-        try:
-            unpacked = zlib.decompressobj().decompress(self.packed, max_bytes)
-        except zlib.error:
-            unpacked = self.packed
-        try:
-            return JobSerializer.loads(unpacked)[2][0]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            return None
-
-    @property
-    def success_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().success_callback if self._success_callback_name in self.callbacks else None
-
-    @property
-    def failure_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().failure_callback if self._failure_callback_name in self.callbacks else None
-
-    @property
-    def stopped_callback(self) -> Any:
-        """The callback, if the worker's owner listed it."""
-        return super().stopped_callback if self._stopped_callback_name in self.callbacks else None
-
-    def retry(self, queue: Queue, pipeline: Pipeline) -> None:
-        """Spend a retry: queue the job again, or schedule it. RQ's own writes partly outside the transaction."""
-        interval = self.get_retry_interval()
-        assert self.retries_left
-        self.retries_left -= 1
-        if interval:
-            self.set_status(JobStatus.SCHEDULED, pipeline=pipeline)
-            queue.schedule_job(self, now() + timedelta(seconds=interval), pipeline=pipeline)
-        else:
-            queue._enqueue_job(self, pipeline=pipeline, at_front=bool(self.enqueue_at_front_on_retry))
-
-    def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
-        """Send none."""
 
 
 class Clock:
@@ -132,6 +65,7 @@ class Flight:
         suspicion: what is held against the job because of earlier crashes.
         tokens: how many had been generated when this was last recorded; only of a job that runs alone.
         guilty: it crashed too many workers, and is given up.
+        history: what earlier attempts left in its record.
         error: why there is no text, or will be none.
         result: what to write, once it is known.
         digests: pictures that the job needs until then; known with the result.
@@ -149,6 +83,7 @@ class Flight:
     suspicion: Suspicion | None = None
     tokens: int = 0
     guilty: bool = False
+    history: History = History()
     error: RadixqError | None = None
     result: Result | None = None
     digests: tuple[str, ...] = ()

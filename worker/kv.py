@@ -53,8 +53,8 @@ def all_finite(arrays: Sequence[mx.array]) -> bool:
 
 
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
-    """Copy tokens [start, stop) of [B, N, S, D]. A slice would keep the whole of `x` alive; a gather never does."""
-    return mx.take(x, mx.arange(start, stop), axis=2)
+    """Copy tokens [start, stop) of [..., S, D]. A slice would keep the whole of `x` alive; a gather never does."""
+    return mx.take(x, mx.arange(start, stop), axis=-2)
 
 
 class Path:
@@ -172,6 +172,12 @@ class Batch:
         self.open(other.paths)
         self.lengths[first:] = other.lengths
 
+    @property
+    def columns(self) -> int:
+        """Columns of the buffers."""
+        held = self._tails[0]
+        return self._columns if held is None else held[0].shape[2]
+
     def holds(self, rows: int, columns: int) -> bool:
         """Whether the buffers have room for so many rows and columns."""
         held = self._tails[0]
@@ -181,9 +187,7 @@ class Batch:
         """Remove one row; the last row takes its place in every list."""
         last = len(self) - 1
         if row != last and self.lengths[last]:
-            for tails in filter(None, self._tails):
-                for x in tails:
-                    x[row, :, : self.lengths[last]] = x[last, :, : self.lengths[last]]
+            self._move(last, 0, self.lengths[last], to=row)
         self.lengths[row], self.paths[row] = self.lengths[last], self.paths[last]
         del self.lengths[last], self.paths[last]
         self._plan = None
@@ -202,11 +206,19 @@ class Batch:
 
     def drop_front(self, row: int, count: int) -> None:
         """Forget the first `count` tokens of a row's tail; `set_path` must say who holds them now."""
-        stop = self.lengths[row]
-        for tails in filter(None, self._tails):
-            for x in tails:
-                x[row, :, : stop - count] = x[row, :, count:stop]
-        self.lengths[row] = stop - count
+        self._move(row, count, self.lengths[row], to=row)
+        self.lengths[row] -= count
+
+    def _move(self, row: int, start: int, stop: int, *, to: int) -> None:
+        """Put tokens [start, stop) of a row at the front of row `to`.
+
+        By way of copies that are there before: a buffer that something still reads is not written in place but copied.
+        """
+        buffers = [x for tails in filter(None, self._tails) for x in tails]
+        moved = [detached(x[row], start, stop) for x in buffers]
+        mx.eval(moved)
+        for x, copy in zip(buffers, moved, strict=True):
+            x[to, :, : stop - start] = copy
 
     def wipe(self, row: int) -> None:
         """Zero a row's tail: a NaN left in a column would reach the next row there through its mask (0 * NaN)."""

@@ -153,7 +153,8 @@ def _refuse_surrogates(body: dict[str, Any]) -> None:
 
 def _refusal(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
     """Name the field and the rule, and the value where it is a number and so no part of a prompt."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    found = error.errors(include_url=False, include_context=False)
+    first = max(found, key=lambda one: len(one["loc"]))  # the most specific: a union reports all of its kinds
     field = _place(first["loc"], body, missing=first["type"] in {"missing", "extra_forbidden"})
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field {field!r}; leave it out", field=field)

@@ -7,6 +7,7 @@ Runs in the main thread and never waits longer than `TICK_S`. Knows when what is
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,13 +21,15 @@ from rq.worker import WorkerStatus
 
 from common.errors import Cancelled, JobTimeout, RadixqError
 from common.log import logger
-from worker import leases
+from worker import leases, schedule
 from worker.deliver import Outbox, refused
 from worker.drain import Drain
-from worker.flight import Clock, Flight
+from worker.flight import Clock, Flight, iso
 from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
+from worker.orphans import Orphans
 from worker.outage import explain
+from worker.reject import without_rejects
 from worker.sequence import Died, Event, Finished, Ready
 from worker.suspects import RECORD_TOKENS, may_join
 from worker.sweep import Sweep
@@ -60,9 +63,10 @@ class Pump:
         self._clock = Clock()
         self._drain = Drain(worker, self._clock, label, settings.window_jobs)
         self._outbox = Outbox(worker, settings, self._clock, label)
-        self._takeover = Takeover(worker, self._drain, settings.home, self._outbox.bury)
+        self._takeover = Takeover(worker, self._drain, self._outbox, settings.home)
         self._sweep = Sweep(worker.connection, settings, self._clock)
         self._metrics = Metrics(worker.connection, label, self._clock)
+        self._orphans = Orphans(worker.connection, worker.queues, settings)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
         self._stops: SimpleQueue[str] = SimpleQueue()
@@ -166,13 +170,20 @@ class Pump:
             self._look()
         if self._second.due():
             self._publish("stopping" if self._stopping else self.state.value)
-            self._worker.enqueue_scheduled_jobs()
+            self._tend()
         if self._worker.should_run_maintenance_tasks:
             self._worker.run_maintenance_tasks()
         self._drain.settle()
         self._admit(max_jobs)
         if self._worker.get_state() != self.state:
             self._worker.set_state(self.state)
+
+    def _tend(self) -> None:
+        """Look after jobs that are in no queue yet, and after callbacks."""
+        now_s = self._clock.now()
+        schedule.enqueue_due(self._worker.connection, self._worker.queues, now_s)
+        self._orphans.cancel(iso(now_s))
+        self._outbox.callbacks.tick()
 
     def _over(self, burst: bool, max_jobs: int | None, max_idle_s: int | None) -> bool:
         if self.error is not None:
@@ -204,33 +215,47 @@ class Pump:
         self._outbox.put(flight, error)
 
     def _admit(self, max_jobs: int | None) -> None:
-        room = self._room(max_jobs)
-        self._scout.want(room)
+        self._scout.want(self._room(max_jobs))
         if not self._open:
-            self._scout.settled([candidate.job_id for candidate in self._offers])
-            self._offers = []
-        batch = self._next(room)
+            left = [one for one in self._offers if self._stopping or not self._is_over(one)]
+            self._scout.settled([one.job_id for one in left])
+            self._offers = [one for one in self._offers if one not in left]
+        batch = self._due(max_jobs)[:BATCH]
+        self._offers = [one for one in self._offers if one not in batch]
         if not batch:
             return
-        self._offers = self._offers[len(batch) :]
         try:
-            taken = self._drain.take(batch, self._outbox.model)
+            taken = self._drain.take(self._accepted(batch), self._outbox.model)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
         for candidate, flight in taken:
             self._launch(candidate, flight)
 
-    def _next(self, room: int) -> list[Candidate]:
-        """Return what may be started now, in order: suspects first, and never more at once than their limits allow."""
-        self._offers.sort(key=lambda candidate: -candidate.limit)
+    def _due(self, max_jobs: int | None) -> list[Candidate]:
+        """Choose from the offers what is to leave its queue now.
+
+        What will not run needs no room. What expires must have a row: in the engine it might wait, and run too late.
+        Suspects go first, and never more at once than their limits allow.
+        """
+        due = [one for one in self._offers if self._is_over(one)]
+        wanted = sorted((one for one in self._offers if one not in due), key=lambda one: -one.limit)
+        room, rows = self._room(max_jobs), self._runner.free_rows
         running = [flight.limit for flight in self.flights.values()]
-        batch: list[Candidate] = []
-        for candidate in self._offers[: min(room, BATCH)]:
-            if not may_join(candidate.limit, running):
+        for at, one in enumerate(wanted):
+            if not may_join(one.limit, running):
                 break
-            running.append(candidate.limit)
-            batch.append(candidate)
-        return batch
+            if at < (room if one.expires_s == math.inf else min(room, rows)):
+                due.append(one)
+                running.append(one.limit)
+        return due
+
+    def _is_over(self, candidate: Candidate) -> bool:
+        """Whether it is only to be told so: it was refused, or its time has come."""
+        return candidate.prompt is None or candidate.expires_s <= self._clock.now()
+
+    def _accepted(self, batch: list[Candidate]) -> list[Candidate]:
+        queues = {queue.name: queue for queue in self._worker.queues}
+        return without_rejects(self._worker.connection, queues, batch, iso(self._clock.now()), self._settings)
 
     @property
     def _open(self) -> bool:
@@ -243,7 +268,7 @@ class Pump:
 
     def _backlog(self, max_jobs: int | None) -> bool:
         """Whether there is more to do with Redis at once."""
-        return not self._away_s and (self._outbox.waits or bool(self._next(self._room(max_jobs))))
+        return not self._away_s and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
 
     def _launch(self, candidate: Candidate, flight: Flight) -> None:
         self.flights[flight.id] = flight

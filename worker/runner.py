@@ -19,20 +19,15 @@ from worker.sequence import Died, EngineStats, Event, Failed, Finished, Prompt, 
 
 if TYPE_CHECKING:
     from worker.engine import Engine
+    from worker.model import LoadedModel
 
 SPARE_PROMPTS = 8
 """Prompts asked for beyond the free rows, so that the next prefill need not wait for Redis."""
 STOP_S = 5.0
 """How long the thread may take to end."""
 _POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep; without a bound the pool grows for ever
+_LEAST_TOKENS = 1024  # a budget that does not hold so many is refused: hardly a job would fit
 _SHARE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
-
-_REUSE = {
-    "shared": "stored once and read in place",
-    "copied": "copied for each row: this model's attention cannot read shared ones",
-    "snapshot": "reused where the queue showed in advance that prompts part: this model keeps more than plain KV",
-    "none": "not reused: no way was found that leaves this model's tokens unchanged",
-}
 
 log = logger("worker.runner")
 
@@ -92,6 +87,11 @@ class Runner:
             return 0
         return max(0, self._settings.max_rows + SPARE_PROMPTS - len(self._running))
 
+    @property
+    def free_rows(self) -> int:
+        """How many more prompts would start at once, as far as is known."""
+        return 0 if self._blocked else max(0, self._settings.max_rows - len(self._running))
+
     def stop(self) -> bool:
         """End the thread, dropping what runs; return whether it ended in time.
 
@@ -133,7 +133,7 @@ class Runner:
         import mlx.core as mx
 
         from worker import model, probe
-        from worker.cache import Limits
+        from worker.cache import WAYS, Limits
         from worker.engine import Engine
 
         if settings.model_path is None:
@@ -141,14 +141,14 @@ class Runner:
         device = platform.device()
         loaded = model.load(settings.model_path, dtype=settings.dtype, device=device)
         mx.set_cache_limit(_POOL_BYTES)
-        budget = int(settings.kv_bytes or _SHARE * max(0, device.working_set_bytes - mx.get_active_memory()))
+        budget = _kv_budget(settings, loaded, device.working_set_bytes, mx.get_active_memory())
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget)
         way = probe.reuse(loaded.model, loaded.context_length)
         engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
         self._stats = engine.stats()
         notes = (
             *loaded.notes,
-            f"prefixes are {_REUSE[way]}",
+            f"prefixes are {WAYS[way]}",
             f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}",
             f"BLAS: {blas.name}",
         )
@@ -182,3 +182,19 @@ class Runner:
             os.read(self._wake_read, 65536)
         except BlockingIOError:
             return
+
+
+def _kv_budget(settings: Settings, loaded: LoadedModel, usable: int, in_use: int) -> int:
+    """Return the bytes that KV may take; refuse a model beside which there is no room for a job."""
+    budget = int(settings.kv_bytes or _SHARE * max(0, usable - in_use))
+    tokens = min(_LEAST_TOKENS, loaded.context_length)
+    least = tokens * loaded.kv_bytes_per_token + loaded.state_bytes
+    if budget >= least:
+        return budget
+    source = "RADIXQ_KV_BYTES is" if settings.kv_bytes else f"its weights take {in_use / 1e9:.2f} of the device's"
+    rest = "" if settings.kv_bytes else f"{usable / 1e9:.2f} GB, which leaves "
+    fix = "raise it" if settings.kv_bytes else "take a smaller or more strongly quantised model, or a machine with more"
+    raise ModelNotLoaded(
+        f"no room for the KV of {loaded.name}: {source} {rest}{budget / 1e9:.4f} GB, and {tokens} tokens need "
+        f"{least / 1e9:.4f} GB: {fix}"
+    )

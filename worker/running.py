@@ -13,10 +13,12 @@ from worker.radix import common_prefix
 from worker.row import Row
 from worker.sequence import Tokens
 
-UNEVEN_TOKENS = 128
-"""A tail this long may be moved into the tree, to keep the batch's buffers small."""
+WIDE_TOKENS = 128
+"""Tails up to this length get buffers as wide as the longest, where memory allows, however short most of them are."""
+LEAST_TOKENS = 16
+"""Less than this of a tail is not moved into the tree: a node of its own would cost more than it saves."""
 SLACK = 1 + 1 / 16
-"""Buffers may be so much larger than what the rows in them need."""
+"""Columns are so many times the tails' mean length; what is longer is moved into the tree."""
 
 
 class Running:
@@ -37,8 +39,13 @@ class Running:
     def join(self, rows: list[Row], batch: Any) -> None:
         """Take over the rows of another batch."""
         if self._cache.reuse == "shared":
-            self._even_out([(self.rows, self.batch), (rows, batch)])
-        self.batch.join(batch, self._columns([*self.rows, *rows]))
+            roomy = self._cache.make_room(self.demand(rows, least=WIDE_TOKENS))
+            columns = self._columns([*self.rows, *rows], WIDE_TOKENS if roomy else LEAST_TOKENS)
+            self._even_out(self.rows, self.batch, columns)
+            self._even_out(rows, batch, columns)
+            self.batch.join(batch, columns)
+        else:
+            self.batch.join(batch)
         self.rows += rows
 
     def leave(self, index: int) -> None:
@@ -48,30 +55,31 @@ class Running:
         self.rows[index] = self.rows[-1]
         self.rows.pop()
 
-    def demand(self, joining: Sequence[Row] = (), *, leaving: Row | None = None) -> Need:
+    def demand(self, joining: Sequence[Row] = (), *, leaving: Row | None = None, least: int = LEAST_TOKENS) -> Need:
         """Return what rows hold at most from now on, with those that will join, and while they do."""
         rows = [row for row in (*self.rows, *joining) if row is not leaving]
         if self._cache.reuse != "shared":
-            mine, theirs = (sum(self._cache.nbytes(row.longest) for row in part) for part in (rows, joining))
-            return Need(max(mine, self.batch.nbytes + theirs), len(self.rows) + len(joining))
-        whole = self._cache.nbytes(self._buffer_tokens(rows))
-        prefilled = max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0) * len(joining)
-        columns = self._columns(rows)
-        grows = bool(rows) and not (columns and self.batch.holds(len(rows), columns))
-        copy = whole // self._cache.num_layers if grows else 0
-        return Need(max(whole, self.batch.nbytes + self._cache.nbytes(prefilled)) + copy, 2)
+            all_, new = (sum(self._cache.nbytes(row.longest) for row in part) for part in (rows, joining))
+            return Need(max(all_, self.batch.nbytes + new), len(self.rows) + len(joining))
+        columns = self._columns(rows, least)
+        whole = self._cache.nbytes(len(rows) * columns)
+        prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
+        moved = [over for row in rows if (over := self._too_long(row, columns))]
+        lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
+        copied = 0 if self.batch.holds(len(rows), columns) else min(whole, before) // self._cache.num_layers
+        passing = max(0, before - lasting) + copied
+        return Need(lasting + self._cache.nbytes(sum(moved)), 2 + len(moved), passing)
 
-    def _columns(self, rows: Sequence[Row]) -> int:
-        """Return how wide buffers become, if that wastes little of them; else 0: they grow as they must."""
+    def _columns(self, rows: Sequence[Row], least: int) -> int:
+        """Return how wide these rows' buffers are to be: as the longest tail becomes, but not much wider than most."""
         tails = [self._cache.tail_tokens(row) for row in rows]
-        return max(tails) if tails and max(tails) * len(tails) <= SLACK * sum(tails) else 0
+        planned = min(max(tails), max(least, int(SLACK * sum(tails) / len(tails)))) if tails else 0
+        return max(planned, self.batch.columns) if self.batch.holds(len(rows), planned) else planned
 
-    def _buffer_tokens(self, rows: Sequence[Row]) -> int:
-        """Return rows times columns that buffers come to; long tails leave them, see `even_out`."""
-        tails = [self._cache.tail_tokens(row) for row in rows]
-        if columns := self._columns(rows):
-            return columns * len(rows)
-        return int(SLACK * max(sum(tails), len(rows) * min(UNEVEN_TOKENS, max(tails)))) if tails else 0
+    def _too_long(self, row: Row, columns: int) -> int:
+        """Return how much of a row's tail will be moved into the tree."""
+        over = self._cache.tail_tokens(row) - columns
+        return max(over, LEAST_TOKENS) if over > 0 else 0
 
     def share_with(self, row: Row, found_tokens: int, least_tokens: int, joining: Sequence[Row]) -> bool:
         """Put into the tree what a running row holds of a job's prompt, if that is `least_tokens` more than was found.
@@ -88,24 +96,17 @@ class Running:
         return best >= 0 and self._share(self.rows[best], self.batch, best, shared, beside=self.demand(joining))
 
     def even_out(self) -> None:
-        """Move the longest tails into the tree while the buffers, as wide as the longest, exceed what was reserved."""
-        self._even_out([(self.rows, self.batch)])
+        """Before each step, see that one more column fits, so that a long tail does not widen all others."""
+        columns = self.batch.columns
+        if self.rows and max(self.batch.lengths) >= columns:
+            self._even_out(self.rows, self.batch, columns - 1)
 
-    def _even_out(self, groups: list[tuple[list[Row], Any]]) -> None:
-        """Do so for rows that are, or will be, in one buffer."""
-        rows = [row for members, _ in groups for row in members]
-        while rows:
-            reserved = SLACK * sum(self._cache.tail_tokens(row) for row in rows)
-            widest, group, index = max(
-                (length, group, index)
-                for group, (_, batch) in enumerate(groups)
-                for index, length in enumerate(batch.lengths)
-            )
-            if widest < UNEVEN_TOKENS or len(rows) * widest <= reserved:
-                return
-            members, batch = groups[group]
-            if not self._share(members[index], batch, index, members[index].prefix_tokens + widest):
-                return
+    def _even_out(self, rows: list[Row], batch: Any, columns: int) -> None:
+        """Move what is too much of tails longer than `columns` into the tree."""
+        for index, row in enumerate(rows):
+            if (length := batch.lengths[index]) > columns:
+                moved = min(length, self._too_long(row, columns))
+                self._share(row, batch, index, row.prefix_tokens + moved)
 
     def _share(self, row: Row, batch: Any, index: int, end: int, beside: Need | None = None) -> bool:
         """Move a row's KV up to depth `end` from its tail into the tree; not if it is not finite: it will fail."""

@@ -228,6 +228,7 @@ class _Child:
                     raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
                 self._back_off(error)
             self._window.prepare(_SLICE_S)
+            self._window.expire()
             offers = self._window.offer(self._want)
             if offers:
                 self._pipe.send(offers)

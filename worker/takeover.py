@@ -6,7 +6,7 @@ A dead process of this machine is known at once, by its file (`life`); any other
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,10 @@ from rq.worker_registration import unregister
 from common import keys
 from common.log import logger
 from worker import life
-from worker.books import after_failure
+from worker.deliver import Outbox
 from worker.drain import Drain, in_order
-from worker.flight import Flight, QueuedJob
+from worker.flight import Flight
+from worker.job import answer, ask
 from worker.leases import fence
 from worker.ledger import Entry, Ledger, field
 from worker.suspects import Suspicion, judge
@@ -29,17 +30,14 @@ from worker.suspects import Suspicion, judge
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
-Bury = Callable[[Flight, "Pipeline", int], None]
-
 _log = logger("worker.takeover")
 
 
 class Takeover:
     """What one worker does about the death of others, and of its own engine."""
 
-    def __init__(self, worker: BaseWorker, drain: Drain, home: Path, bury: Bury) -> None:
-        """`bury` appends that a job is given up, after so many crashes."""
-        self._worker, self._drain, self._home, self._bury = worker, drain, home, bury
+    def __init__(self, worker: BaseWorker, drain: Drain, outbox: Outbox, home: Path) -> None:
+        self._worker, self._drain, self._outbox, self._home = worker, drain, outbox, home
 
     def look(self) -> int:
         """Hand back what dead processes, and those without a sign of life, had; return how many jobs that were.
@@ -91,12 +89,13 @@ class Takeover:
         connection = self._worker.connection
         with connection.pipeline(transaction=False) as pipe:
             for entry in entries:
-                pipe.hgetall(QueuedJob.key_for(entry.job_id))
+                ask(pipe, entry.job_id)
                 pipe.hget(keys.SUSPECTS, entry.job_id)
-            replies = pipe.execute(raise_on_error=False)
+            replies = pipe.execute()
         orphans, gone = [], []
-        for entry, raw, suspicion in zip(entries, replies[::2], replies[1::2], strict=True):
-            if not isinstance(raw, dict) or not raw:
+        for entry, reply, suspicion in zip(entries, replies[::2], replies[1::2], strict=True):
+            raw = answer(reply)
+            if not raw:
                 gone.append(field(entry.job_id, entry.execution))
                 continue
             queue = self._drain.queue(entry.queue)
@@ -125,7 +124,7 @@ class Takeover:
                 continue
             for flight in flights:
                 if flight.guilty:
-                    after_failure(flight, retry=False)
+                    self._outbox.buried(flight)
             return sum(flight.id in known for flight in held)
         return 0
 
@@ -142,7 +141,7 @@ class Takeover:
         elif ours:
             flight.guilty = True
             pipe.hdel(keys.SUSPECTS, flight.job.id)
-            self._bury(flight, pipe, before.lone + 1 if before else 1)
+            self._outbox.bury(flight, pipe, before.lone + 1 if before else 1)
 
     def _forget(self, ledger: Ledger) -> None:
         """Take a dead worker off the books, ours and RQ's, once nothing runs in its name."""

@@ -5,7 +5,8 @@ Lives in the scout's process. Knows no worker, no pipe and no thread.
 
 from __future__ import annotations
 
-import re
+import heapq
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
 from redis.retry import Retry
 from rq.job import Job
 from rq.queue import Queue
 
 from common import keys
-from common.errors import InvalidRequest
+from common.errors import Expired, InvalidRequest
 from common.messages import Failure, Sampling
 from common.settings import Settings
 from worker.group import Plan, Waiting
+from worker.job import EXPIRED
 from worker.prepare import prepare, read_job, seeded, too_large
+from worker.reject import is_id, to_text
 from worker.sequence import Prompt
 from worker.suspects import Suspicion
 
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 
 CLIENT_NAME: Final = "radixq-scout"
 SOCKET_S: Final = 5.0
-_JOB_ID: Final = re.compile(rb"[A-Za-z0-9_-]+")  # RQ's own rule
 _LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the time
 _SLICE_JOBS: Final = 64
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
@@ -42,14 +45,16 @@ _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the fir
 class Candidate:
     """A waiting job that should go next: exactly one of `prompt` and `refusal` is set.
 
-    A refusal is claimed like any other and then failed with its code. `limit`: how many jobs may run at once with it,
-    if it is suspected of having crashed a worker; else 0.
+    A refusal is claimed like any other and then failed with its code. `expires_s` is by the server's clock; the id of a
+    refusal may be anything (`worker.reject.to_bytes`). `limit`: how many jobs may run at once with it, if it is
+    suspected of having crashed a worker; else 0.
     """
 
     job_id: str
     queue: str
     prompt: Prompt | None = None
     refusal: Failure | None = None
+    expires_s: float = math.inf
     limit: int = 0
 
 
@@ -77,6 +82,9 @@ class Window:
         self._raw_bytes = 0
         self._sampling: dict[str, Sampling] = {}
         self._refused: dict[str, Failure] = {}
+        self._expires: dict[str, float] = {}  # seconds since the epoch, of known jobs that do
+        self._expiring: list[tuple[float, str]] = []  # a heap of the same, which may hold jobs that left
+        self._ahead_s = 0.0  # the server's clock, of ours
         self._offered: set[str] = set()
         self._ends: list[Any] = []  # length, first and last id of every queue at the last look
         self._stale = True
@@ -100,11 +108,13 @@ class Window:
     def look(self) -> None:
         """Read which ids wait, if the ends of the queues say that it changed, and forget those that left."""
         with self._redis.pipeline(transaction=False) as pipe:
+            pipe.time()
             for key in self.queue_keys:
                 pipe.llen(key)
                 pipe.lindex(key, 0)
                 pipe.lindex(key, -1)
-            ends = pipe.execute()
+            (seconds, micros), *ends = pipe.execute()
+        self._ahead_s = seconds + micros / 1e6 - time.time()
         if ends == self._ends and not self._stale:
             return
         started = time.monotonic()
@@ -122,15 +132,16 @@ class Window:
         slice_ = [self._unread[at] for at in range(min(_SLICE_JOBS, len(self._unread)))]
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id, _ in slice_:
-                pipe.hstrlen(Job.key_for(job_id), "data")
-            sizes = pipe.execute()
+                pipe.hstrlen(Job.key_for(job_id) if is_id(job_id) else "", "data")
+            # A key that is no hash has no payload; the worker says so when it looks at the job.
+            sizes = [0 if isinstance(size, ResponseError) else size for size in pipe.execute(raise_on_error=False)]
         limit, total, num = self._settings.max_job_bytes, 0, 0
         for size in sizes:
             total += size if size <= limit else 0
             if num and total > _SLICE_BYTES:
                 break
             num += 1
-        small = [job_id for (job_id, _), size in zip(slice_[:num], sizes, strict=False) if size <= limit]
+        small = [job_id for (job_id, _), size in zip(slice_[:num], sizes, strict=False) if 0 < size <= limit]
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in small:
                 pipe.hget(Job.key_for(job_id), "data")
@@ -141,7 +152,7 @@ class Window:
             if size > limit:
                 self._refuse(job_id, too_large(size, limit))
             else:
-                self._raw.append((job_id, payloads[job_id] or b""))
+                self._raw.append((job_id, payloads.get(job_id) or b""))
         self._raw_bytes = sum(len(data) for _, data in self._raw)
 
     def prepare(self, for_s: float) -> None:
@@ -155,20 +166,32 @@ class Window:
             if time.monotonic() >= until:
                 return
 
+    def expire(self) -> None:
+        """Refuse jobs that are still here at their `expires_at`, whosever they are and whether there is room or not."""
+        now_s = time.time() + self._ahead_s
+        while self._expiring and self._expiring[0][0] <= now_s:
+            at, job_id = heapq.heappop(self._expiring)
+            if self._expires.get(job_id) == at and job_id not in self._offered:
+                self._plan.remove([job_id])
+                self._sampling.pop(job_id, None)
+                self._refused[job_id] = Failure(code=Expired.code, message=EXPIRED)
+
     def offer(self, want: int) -> list[Candidate]:
-        """Return candidates so that `want` are offered and not settled."""
+        """Return candidates so that `want` are offered and not settled; refusals need no room in the batch."""
         room = max(0, want - len(self._offered))
-        refused = list(self._refused)[:room]
+        refused = list(self._refused)[:_SLICE_JOBS]
         offers = [self._candidate(job_id, refusal=self._refused.pop(job_id)) for job_id in refused]
         more = bool(self._unread or self._raw) or sum(self._ends[::3]) > self._settings.window_jobs
-        for choice in self._plan.next(room - len(refused), more=more):
+        for choice in self._plan.next(room, more=more):
             prompt = Prompt(choice.tokens, self._sampling.pop(choice.id), choice.branches)
             offers.append(self._candidate(choice.id, prompt))
         self._offered.update(candidate.job_id for candidate in offers)
         return offers
 
     def _candidate(self, job_id: str, prompt: Prompt | None = None, refusal: Failure | None = None) -> Candidate:
-        return Candidate(job_id, self._queues[self._home[job_id]], prompt, refusal, self._suspects.get(job_id, 0))
+        expires_s = self._expires.get(job_id, math.inf) if prompt else math.inf
+        limit = self._suspects.get(job_id, 0)
+        return Candidate(job_id, self._queues[self._home[job_id]], prompt, refusal, expires_s, limit)
 
     def settle(self, job_ids: Sequence[str]) -> None:
         """Forget offered jobs; the next look finds out whether they still wait."""
@@ -177,7 +200,7 @@ class Window:
         self._stale = self._stale or bool(job_ids)
 
     def _present(self) -> dict[str, int]:
-        """Return the ids in the window with their queues, by priority and place; ids that RQ refuses are left out."""
+        """Return the ids in the window with their queues, by priority and place."""
         most = self._settings.window_jobs
         with self._redis.pipeline(transaction=False) as pipe:
             for key in self.queue_keys:
@@ -191,8 +214,7 @@ class Window:
         present: dict[str, int] = {}
         for queue, ids in enumerate(listed):
             for raw_id in ids[: most - len(present)]:
-                if _JOB_ID.fullmatch(raw_id):
-                    present.setdefault(raw_id.decode(), queue)
+                present.setdefault(to_text(raw_id), queue)
         return present
 
     def _prepare(self, job_id: str, data: bytes) -> None:
@@ -200,6 +222,9 @@ class Window:
             if not data:
                 raise InvalidRequest("the job has no data: it was deleted, or was not written by RQ")
             job = read_job(data, max_bytes=self._settings.max_job_bytes)
+            if job is not None and job.expires_at is not None:
+                self._expires[job_id] = job.expires_s
+                heapq.heappush(self._expiring, (job.expires_s, job_id))
             if job is None or not (job.model is None or keys.model_queue(job.model) in self._names):
                 return
             prompt = prepare(job, self._loaded, self._settings)
@@ -219,6 +244,7 @@ class Window:
             self._home.pop(job_id, None)
             self._sampling.pop(job_id, None)
             self._refused.pop(job_id, None)
+            self._expires.pop(job_id, None)
 
     def _has_room(self) -> bool:
         held = self._plan.num_bytes + self._raw_bytes
