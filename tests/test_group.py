@@ -248,4 +248,5 @@ def test_a_plan_that_lives_long_does_not_grow() -> None:
             plan.remove(ids(plan.next(1)))
     (queue,) = plan._queues
     assert len(plan) == 20
-    assert queue.root.ranks is None or len(queue.root.ranks) <= 4 * 5 + 16
+    root = queue._trie.root
+    assert root.ranks is None or len(root.ranks) <= 4 * 5 + 16

@@ -13,19 +13,23 @@ The waiting prompts of each queue form a compressed trie; visiting it depth-firs
 
 from __future__ import annotations
 
-import heapq
 import math
+import random
+import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from worker.sequence import Tokens
+from worker.trie import WIDTH, Job, Node, Trie, shared
 
-_WIDTH = np.dtype(np.int32).itemsize
 MIN_BRANCH_TOKENS = 16
 MAX_PASSED = 10_000
+_SIBLINGS = 4  # children of one node that are weighed against each other, the largest
+_TURNS = 32  # the same, when other workers run
+_MAX_TURNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +50,59 @@ class Chosen:
     branches: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """What other workers on the same queues do, in the marks of their `Plan.trail`.
+
+    Attributes:
+        running: where they are now.
+        senior: those of `running` that belong to workers which stay when two meet.
+        held: where they were, so that their caches may hold the prefix.
+        own: where this worker was.
+    """
+
+    running: frozenset[int]
+    senior: frozenset[int] = frozenset()
+    held: frozenset[int] = frozenset()
+    own: frozenset[int] = frozenset()
+
+    def rank(self, mark: int) -> int:
+        """Return how little a subtree suits this worker: 0 it was there, 1 nobody was, 2 others were, 3 others are."""
+        if mark in self.running:
+            return 3
+        return 0 if mark in self.own else 2 if mark in self.held else 1
+
+
 class Plan:
     """The jobs that wait, in the order in which they should run.
 
     A job is known from `add` to `remove`; `next` offers it once, and it counts for the branches of others until it is
     removed. Queues go strictly by priority, as in RQ. Within a queue no job is passed by more than `max_passed`
     later arrivals: from then on the oldest goes next. Tokens are held once per shared segment.
+
+    Several workers on the same queues tell each other their `trail`, and `heed` what they are told: each takes a
+    subtree where no other is, while there is one. `seed` should differ between them: it decides which jobs they take
+    where they have to share a subtree.
     """
 
     def __init__(
-        self, num_queues: int = 1, *, min_branch_tokens: int = MIN_BRANCH_TOKENS, max_passed: int = MAX_PASSED
+        self,
+        num_queues: int = 1,
+        *,
+        min_branch_tokens: int = MIN_BRANCH_TOKENS,
+        max_passed: int = MAX_PASSED,
+        seed: int = 0,
     ) -> None:
-        self._queues = [_Queue(max_passed) for _ in range(num_queues)]
+        self._queues = [_Queue(max_passed, random.Random(seed)) for _ in range(num_queues)]
         self._home: dict[str, _Queue] = {}
         self._min_branch = min_branch_tokens
         self._last = b""
+        self._forks: list[int] = []
+        self._neighbours: Neighbours | None = None
 
     def __len__(self) -> int:
         """Number of jobs that `next` can still offer."""
-        return sum(queue.root.open for queue in self._queues)
+        return sum(queue.open for queue in self._queues)
 
     def __contains__(self, job_id: str) -> bool:
         """Whether the job is known, offered or not."""
@@ -93,259 +131,171 @@ class Plan:
 
         `more`: jobs wait that are not known yet. Then a subtree is not always finished: see `_Queue._cheapest`.
         """
-        picked = [choice for _ in range(n) if (choice := self._pick(more)) is not None]
-        return [self._chosen(job_id, key) for job_id, key in picked]
-
-    def _pick(self, more: bool) -> tuple[str, bytes] | None:
+        chosen: list[Chosen] = []
         for queue in self._queues:
-            if queue.root.open:
-                job_id, self._last = queue.pick(self._last, more=more)
-                return job_id, self._last
-        return None
+            while len(chosen) < n and queue.open:
+                job_id, self._last, self._forks = queue.pick(self._last, self._neighbours, more=more)
+                branches = self._branches(queue, self._forks)
+                chosen.append(Chosen(job_id, np.frombuffer(self._last, np.int32), branches))
+        return chosen
 
-    def _chosen(self, job_id: str, key: bytes) -> Chosen:
-        home, last = self._home[job_id], len(key) // _WIDTH - 1
-        depths = {min(depth, last) for queue in self._queues for depth in queue.departures(key, own=queue is home)}
-        branches = tuple(sorted(depth for depth in depths if depth >= self._min_branch))
-        return Chosen(job_id, np.frombuffer(key, np.int32), branches)
+    def heed(self, neighbours: Neighbours | None) -> None:
+        """Take note of what other workers do; None: there are none."""
+        self._neighbours = neighbours
 
+    def trail(self) -> frozenset[int]:
+        """Return marks of the turns that led to the last offer.
 
-class _Node:
-    """Prompts that agree up to here. `segment` are the bytes of the tokens between the parent and here.
+        A mark names a child of a node by all tokens up to its first one, whatever else is known of it.
+        """
+        key = self._last
+        return frozenset(zlib.crc32(key[: fork + WIDTH]) for fork in self._forks[:_MAX_TURNS] if fork < len(key))
 
-    Every node but the root ends a job or has two children. `ranks`, once it is asked for, holds a heap
-    entry (-open, born, child) for each child with waiting jobs, among entries that are out of date.
-    """
-
-    __slots__ = ("born", "children", "open", "parent", "ranks", "segment", "total", "waiting")
-
-    def __init__(self, segment: bytes, born: int) -> None:
-        self.segment = segment
-        self.parent: _Node | None = None
-        self.born = born  # breaks ties: older first
-        self.children: dict[bytes, _Node] = {}
-        self.waiting: dict[str, None] = {}  # jobs that end here and were not offered, oldest first
-        self.total = 0  # jobs known at or below
-        self.open = 0  # of these, not offered yet
-        self.ranks: list[tuple[int, int, _Node]] | None = None
-
-    def path(self) -> Iterator[_Node]:
-        """Yield this node and its ancestors, the root last."""
-        node: _Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
-
-    def child(self, key: bytes, depth: int) -> _Node | None:
-        """Return the child whose segment begins with the token of `key` at byte `depth`."""
-        return self.children.get(key[depth : depth + _WIDTH])
-
-    def adopt(self, child: _Node) -> None:
-        """Take `child` in, under the first token of its segment."""
-        self.children[child.segment[:_WIDTH]] = child
-        child.parent = self
-        self.rank(child)
-
-    def rank(self, child: _Node) -> None:
-        """Note that `child` has grown; that one has shrunk is found out by `largest`."""
-        if self.ranks is not None:
-            heapq.heappush(self.ranks, (-child.open, child.born, child))
-            if len(self.ranks) > 4 * len(self.children) + 16:
-                self.ranks = None
-
-    def largest(self) -> _Node:
-        """Return the child with the most waiting jobs; there must be one."""
-        if self.ranks is None:
-            self.ranks = [(-child.open, child.born, child) for child in self.children.values()]
-            heapq.heapify(self.ranks)
-        while True:
-            rank, born, child = self.ranks[0]
-            if child.parent is self and child.open == -rank:
-                return child
-            heapq.heappop(self.ranks)
-            if child.parent is self and 0 < child.open < -rank:
-                heapq.heappush(self.ranks, (-child.open, born, child))
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A job and the node where its prompt ends."""
-
-    id: str
-    node: _Node
-    offered: bool = False
-    gone: bool = False
+    def _branches(self, home: _Queue, depths: list[int]) -> tuple[int, ...]:
+        """Return the depths, and those of other queues' jobs, in tokens; all but the last token can be shared."""
+        others = [depth for queue in self._queues if queue is not home for depth in queue.departures(self._last)]
+        ends = sorted({*depths, *others}) if others else depths
+        last = len(self._last) - WIDTH
+        if ends and ends[-1] > last:
+            ends = [*ends[:-1], last] if ends[-2:-1] != [last] else ends[:-1]
+        return tuple(depth // WIDTH for depth in ends if depth >= self._min_branch * WIDTH)
 
 
 class _Queue:
     """The trie of one queue and the age of its jobs."""
 
-    def __init__(self, max_passed: int) -> None:
-        self.root = _Node(b"", 0)
-        self.num_bytes = 0
+    def __init__(self, max_passed: int, rng: random.Random) -> None:
+        self._trie = Trie()
+        self._rng = rng
+        self._new: list[Job] = []  # not in the trie yet: many are inserted faster together
         self._births = 0
-        self._jobs: dict[str, _Job] = {}
-        self._arrivals: deque[_Job] = deque()  # oldest first; those that left go when they reach the head
+        self._jobs: dict[str, Job] = {}
+        self._arrivals: deque[Job] = deque()  # oldest first; those that left go when they reach the head
         self._max_passed = max_passed
         self._num_passing = 0  # jobs that were offered before the oldest arrival here and came after it
 
+    @property
+    def open(self) -> int:
+        """Number of jobs not offered yet."""
+        return self._trie.root.open + len(self._new)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tokens held."""
+        return self._grown().num_bytes
+
     def add(self, job_id: str, key: bytes) -> None:
         """Insert a job; it is the youngest."""
-        node = self._insert(key)
-        node.waiting[job_id] = None
-        job = self._jobs[job_id] = _Job(job_id, node)
+        self._births += 1
+        job = self._jobs[job_id] = Job(job_id, key, self._births, self._trie.root)
+        self._new.append(job)
         self._arrivals.append(job)
 
     def remove(self, job_id: str) -> None:
-        """Take a job out, and the nodes that nobody else needs."""
-        job = self._jobs.pop(job_id)
-        if not job.offered:
-            self._close(job)
-        job.gone = True
-        step: _Node | None = job.node
-        while step is not None:
-            step.total -= 1
-            step = step.parent
-        self._tidy(job.node)
+        """Take a job out."""
+        self._grown().remove(self._jobs.pop(job_id))
 
-    def pick(self, last: bytes, *, more: bool) -> tuple[str, bytes]:
-        """Offer the best waiting job, given the prompt that was offered last; there must be one."""
-        job = self._overdue() or self._nearest(last, more=more)
-        self._close(job)
-        job.offered = True
+    def departures(self, key: bytes) -> list[int]:
+        """Return the depths (bytes) at which known jobs leave the prompt `key` of another queue."""
+        return self._grown().departures(key)
+
+    def pick(self, last: bytes, neighbours: Neighbours | None, *, more: bool) -> tuple[str, bytes, list[int]]:
+        """Offer the best waiting job, given the prompt that was offered last and the neighbours; there must be one.
+
+        Return its id, its key and the depths (bytes) at which other jobs of this queue leave it.
+        """
+        trie = self._grown()
+        job = self._overdue() or (self._nearest(last, more=more) if neighbours is None else self._aside(last, neighbours))
         self._num_passing += 1
-        return job.id, b"".join(reversed([step.segment for step in job.node.path()]))
+        return job.id, *trie.take(job)
 
-    def departures(self, key: bytes, *, own: bool) -> Iterator[int]:
-        """Yield the depths (tokens) at which known jobs leave the prompt `key`; `own`: one of them is that job."""
-        node, depth = self.root, 0
-        while depth < len(key) and (child := node.child(key, depth)) is not None:
-            if node.total > child.total:
-                yield depth // _WIDTH
-            if not own:  # else it is all the way its own path
-                shared = _shared(key, depth, child.segment)
-                if shared < len(child.segment):
-                    yield (depth + shared) // _WIDTH
-                    return
-            node, depth = child, depth + len(child.segment)
-        if node.total > own:
-            yield depth // _WIDTH
+    def _grown(self) -> Trie:
+        """Return the trie with all jobs in it."""
+        if self._new:
+            new, self._new = self._new, []
+            self._trie.insert(new)
+        return self._trie
 
-    def _overdue(self) -> _Job | None:
+    def _overdue(self) -> Job | None:
         """Return the oldest waiting job if too many later ones went before it."""
         while self._arrivals[0].offered or self._arrivals[0].gone:
             self._num_passing -= self._arrivals.popleft().offered
         return self._arrivals[0] if self._num_passing >= self._max_passed else None
 
-    def _nearest(self, last: bytes, *, more: bool) -> _Job:
+    def _nearest(self, last: bytes, *, more: bool) -> Job:
         """Follow the last prompt down as far as jobs wait there, then take the largest subtree at every turn."""
-        node, depth = self.root, 0
-        while (child := node.child(last, depth)) is not None and child.open:
-            node, shared = child, _shared(last, depth, child.segment)
-            depth += shared
-            if shared < len(child.segment):
-                break  # the last prompt left this segment in its middle
-        if more and 2 * depth < len(last):
-            node = self._cheapest(last)
+        node, depth = self._trie.root, 0
+        while (child := node.child(last)) is not None and child.open and depth == node.end:
+            depth += shared(last, depth, child.segment)
+            node = child  # in its middle, if the last prompt left its segment
+        if more and not (node.waiting and depth == node.end):
+            node = self._cheapest(last, depth)
         while not node.waiting:
             node = node.largest()
         return self._jobs[next(iter(node.waiting))]
 
-    def _cheapest(self, last: bytes) -> _Node:
-        """Return the group, anywhere, that costs the fewest new tokens, by the square root of the jobs that share them.
+    def _aside(self, last: bytes, neighbours: Neighbours) -> Job:
+        """Go on in the subtree of the last prompt unless a senior is there too; else take the largest free one.
 
-        A group is a node with several waiting jobs that share nothing below it, or a job alone.
+        Where everything is taken, go in with the others and take jobs at random, so as not to reach for the same ones.
         """
-        best, lowest = self.root, math.inf
-        found = [(self.root, 0, 0)]  # a node with groups below it, its depth, how much of that is in the last prompt
+        node, mark, on_path, sharing = self._trie.root, 0, True, False
+        while True:
+            child = node.child(last) if on_path else None
+            if child is None or not child.open:
+                if node.waiting:
+                    return self._jobs[next(iter(node.waiting))]
+                child = None
+            turn = zlib.crc32(child.segment[:WIDTH], mark) if child else 0
+            if child is None or turn in neighbours.senior:
+                found = self._turn(node, mark, neighbours, sharing)
+                if child is None or found[0] < 3:
+                    _, turn, child = found
+            sharing = sharing or turn in neighbours.running
+            on_path = on_path and last.startswith(child.segment, node.end)
+            mark = zlib.crc32(child.segment, mark)
+            node = child
+
+    def _turn(self, node: Node, mark: int, neighbours: Neighbours, sharing: bool) -> tuple[int, int, Node]:
+        """Return the child to enter, after its rank and its mark; `mark` is the one of all tokens up to `node`."""
+        few = node.largest_few(_TURNS)
+        if sharing:
+            few = [child for child in node.children.values() if child.open]
+            few = self._rng.sample(few, min(_TURNS, len(few)))
+        marks = [zlib.crc32(child.segment[:WIDTH], mark) for child in few]
+        ranks = [neighbours.rank(turn) for turn in marks]
+        at = ranks.index(min(ranks))
+        return ranks[at], marks[at], few[at]
+
+    def _cheapest(self, last: bytes, depth: int) -> Node:
+        """Return the subtree, anywhere, whose waiting jobs cost the fewest tokens each.
+
+        The last prompt is held down to `depth`, where jobs still wait. What is needed beyond it must be computed, and
+        what leaving it costs when they get their turn: a subtree elsewhere has to be worth the way there and back.
+        """
+        best, lowest = self._trie.root, math.inf
+        found = [(best, 0)]  # a node with waiting jobs, how much of its prefix is in the last prompt
         while found:
-            node, depth, common = found.pop()
-            on_path = node.child(last, depth) if common == depth else None
-            if node.waiting and depth - common < lowest:
-                best, lowest = node, depth - common
-            for child in node.children.values():
-                if not child.open:
+            node, common = found.pop()
+            way = node.end - common + depth - common
+            on_path = node.child(last) if node.end == common < depth else None
+            if on_path is not None and node.waiting and way < lowest * len(node.waiting):
+                best, lowest = node, way / len(node.waiting)
+            for child in node.largest_few(_SIBLINGS):
+                if way >= lowest * child.open:
+                    break
+                if child is on_path:
                     continue
-                end = depth + len(child.segment)
-                held = depth + _shared(last, depth, child.segment) if child is on_path else common
-                below = [below for below in child.children.values() if below.open] if child.open > 1 else []
-                if held == end or any(group.open > 1 for group in below):
-                    found.append((child, end, held))
-                    continue
-                own = min((len(job.segment) for job in below), default=0)
-                cost = (end - held + own) / math.sqrt(child.open) if end - held > own else end - held + own
-                if cost < lowest:
-                    best, lowest = child, cost
+                price = (way + child.fresh) / child.open
+                if price < lowest:
+                    best, lowest = child, price
+                if way + len(child.segment) < lowest * child.open:
+                    found.append((child, common))
+            if on_path is not None:
+                held = min(on_path.end, depth)
+                found.append((on_path, held))
+                rest = on_path.end - held  # where the last prompt left it, there is no way back
+                price = (on_path.fresh - len(on_path.segment) + rest) / on_path.open
+                if rest and price < lowest:
+                    best, lowest = on_path, price
         return best
-
-    def _close(self, job: _Job) -> None:
-        """Count a job as no longer waiting."""
-        del job.node.waiting[job.id]
-        step: _Node | None = job.node
-        while step is not None:
-            step.open -= 1
-            step = step.parent
-
-    def _insert(self, key: bytes) -> _Node:
-        """Count one more job on the way down, and return the node where `key` ends, made if need be."""
-        node, depth = self.root, 0
-        node.total += 1
-        node.open += 1
-        while depth < len(key):
-            parent, found = node, node.child(key, depth)
-            if found is None:
-                node = self._new(key[depth:])
-                parent.adopt(node)
-                self.num_bytes += len(node.segment)
-                depth = len(key)
-            else:
-                shared = _shared(key, depth, found.segment)
-                node = found if shared == len(found.segment) else self._split(found, shared)
-                depth += shared
-            node.total += 1
-            node.open += 1
-            parent.rank(node)
-        return node
-
-    def _split(self, lower: _Node, at: int) -> _Node:
-        """Put a node in the middle of the segment of `lower`, at byte `at`."""
-        parent = lower.parent
-        assert parent is not None
-        upper = self._new(lower.segment[:at])
-        upper.total, upper.open = lower.total, lower.open
-        parent.adopt(upper)
-        lower.segment = lower.segment[at:]
-        upper.adopt(lower)
-        return upper
-
-    def _new(self, segment: bytes) -> _Node:
-        self._births += 1
-        return _Node(segment, self._births)
-
-    def _tidy(self, node: _Node) -> None:
-        """Remove a node that nobody needs, and join one that no longer branches with its only child."""
-        parent = node.parent
-        if parent is None:
-            return
-        if not node.total:
-            del parent.children[node.segment[:_WIDTH]]
-            node.parent = None
-            self.num_bytes -= len(node.segment)
-            self._tidy(parent)
-        elif len(node.children) == 1:
-            (child,) = node.children.values()
-            if child.total == node.total:
-                child.segment = node.segment + child.segment
-                parent.adopt(child)
-                node.parent = None
-
-
-def _shared(key: bytes, depth: int, segment: bytes) -> int:
-    """Return how many bytes of `segment` agree with `key` from byte `depth` on, in whole tokens."""
-    if key.startswith(segment, depth):
-        return len(segment)
-    num = min(len(key) - depth, len(segment)) // _WIDTH
-    ours = np.frombuffer(key, np.int32, num, depth)
-    differ = ours != np.frombuffer(segment, np.int32, num)
-    first = int(differ.argmax()) if num else 0
-    return (first if num and differ[first] else num) * _WIDTH
