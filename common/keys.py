@@ -22,6 +22,7 @@ FLIGHTS: Final = "radixq:flights"
 SUSPECTS: Final = "radixq:suspects"
 """Jobs in flight when a worker died, each with how it may run next (see `worker/suspects.py`)."""
 METRICS_TTL_S: Final = 7 * 86_400
+PREFIXES_TTL_S: Final = 15
 WORKER_ALIVE_S: Final = 120
 """A worker whose last sign of life (its score in `WORKERS`) is older than this is taken for gone."""
 
@@ -44,7 +45,7 @@ def flights(worker: str) -> str:
 
 
 def prefixes(worker: str) -> str:
-    """Return the key of the set of prefix fingerprints resident on one worker."""
+    """Return the key of the set of fingerprints of one worker: prefixes it is at (`run:`) and was at (`held:`)."""
     return f"radixq:prefixes:{worker}"
 
 

@@ -34,7 +34,7 @@ from common import keys, log, pictures
 from common.errors import BrokerUnavailable, InternalError, RadixqError, SettingsError
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker import platform
+from worker import label, platform
 from worker.job import QueuedJob, bounded_in_registries
 from worker.life import Life
 from worker.outage import explain
@@ -85,7 +85,7 @@ class BatchWorker(BaseWorker):
         if prepare_for_work:
             self._settings = settings or _from_env()
             names = list(dict.fromkeys([*names, *_model_queues(self._settings)]))
-            self._label = self._settings.worker_name or name or socket.gethostname()
+            self._label = label.claim(self._settings.worker_name or name or socket.gethostname(), self._settings.home)
             name = name or _unique(self._label)
             self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
@@ -121,7 +121,7 @@ class BatchWorker(BaseWorker):
         self._burst, self._max_jobs = burst, max_jobs
         platform.prepare(fast_blas=self._settings.fast_blas)  # before anything imports MLX
         runner = Runner(self._settings)
-        scout = Scout(self._settings, self.queue_names(), redis_url=_url(self.connection))
+        scout = Scout(self._settings, self.queue_names(), redis_url=_url(self.connection), label=self._label)
         self._pump = Pump(self, self._settings, self._label, runner, scout)
         self._install_signal_handlers()  # type: ignore[no-untyped-call]
         try:

@@ -59,6 +59,7 @@ class _Task:
     settings: Settings
     queues: tuple[str, ...]
     redis_url: str
+    label: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,14 @@ class _Order:
 class Scout:
     """The worker's end. No method blocks but `close`."""
 
-    def __init__(self, settings: Settings, queues: Sequence[str], *, redis_url: str | None = None) -> None:
-        """Take the queues' names, highest priority first; nothing is started."""
-        self._task = _Task(settings, tuple(queues), redis_url or settings.url)
+    def __init__(
+        self, settings: Settings, queues: Sequence[str], *, redis_url: str | None = None, label: str | None = None
+    ) -> None:
+        """Take the queues' names, highest priority first; nothing is started.
+
+        With the worker's `label` it shares the queues with other workers by subtrees.
+        """
+        self._task = _Task(settings, tuple(queues), redis_url or settings.url, label)
         self._pipe, self._childs_end = Pipe()
         self._process: subprocess.Popen[bytes] | None = None
         self._number = self._want = 0
@@ -208,7 +214,7 @@ class _Child:
 
     def __init__(self, task: _Task, pipe: Connection) -> None:
         self._pipe = pipe
-        self._window = Window(task.settings, _load(task.settings), task.queues, connect(task.redis_url))
+        self._window = Window(task.settings, _load(task.settings), task.queues, connect(task.redis_url), task.label)
         self._wake, wake = os.pipe()
         os.set_blocking(wake, False)
         self._alarm = _Alarm(task.redis_url, self._window.queue_keys, wake)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from common.messages import Failure, Sampling
 from common.settings import Settings
 from worker.group import Plan, Waiting
 from worker.job import EXPIRED
+from worker.neighbours import Neighbourhood
 from worker.prepare import prepare, read_job, seeded, too_large
 from worker.reject import is_id, to_text
 from worker.sequence import Prompt
@@ -66,16 +68,27 @@ class Window:
     forgotten, unless it is offered: then the worker says when.
     """
 
-    def __init__(self, settings: Settings, loaded: LoadedTokenizer, queues: Sequence[str], client: redis.Redis) -> None:
-        """Start with nothing known; `queues` are names, highest priority first."""
+    def __init__(
+        self,
+        settings: Settings,
+        loaded: LoadedTokenizer,
+        queues: Sequence[str],
+        client: redis.Redis,
+        label: str | None = None,
+    ) -> None:
+        """Start with nothing known; `queues` are names, highest priority first.
+
+        With the worker's `label` its place among others on the same server is published, and theirs heeded.
+        """
         self._settings = settings
         self._loaded = loaded
         self._names = {keys.model_queue(name) for name in (loaded.name, *settings.model_aliases)}
         self._redis = client
         self._queues = tuple(queues)
         self.queue_keys = [Queue(name, connection=client).key for name in queues]
-        self._plan = Plan(1 + len(queues))  # suspects go first
+        self._plan = Plan(1 + len(queues), seed=zlib.crc32((label or "").encode()))  # suspects go first
         self._suspects: dict[str, int] = {}  # and how many may run at once with each
+        self._neighbourhood = Neighbourhood(client, label, loaded.name) if label else None
         self._home: dict[str, int] = {}
         self._unread: deque[tuple[str, int]] = deque()
         self._raw: deque[tuple[str, bytes]] = deque()
@@ -106,7 +119,13 @@ class Window:
         return bool(self._raw) or (bool(self._unread) and self._has_room())
 
     def look(self) -> None:
-        """Read which ids wait, if the ends of the queues say that it changed, and forget those that left."""
+        """Read which ids wait, if the ends of the queues say that it changed, and forget those that left.
+
+        Tell the neighbours where this worker is, and read where they are.
+        """
+        if self._neighbourhood is not None:
+            self._neighbourhood.tell(frozenset() if self.nothing_to_offer else self._plan.trail())
+            self._plan.heed(self._neighbourhood.read())
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
             for key in self.queue_keys:

@@ -1,0 +1,43 @@
+"""Give every worker process of one home a label of its own: it names its metrics, its prefixes and its results.
+
+Knows no Redis. A lock on a file is held until the process ends, however it ends, so a restarted worker gets the label
+of its dead predecessor back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import re
+from pathlib import Path
+from typing import IO
+
+_held: list[IO[str]] = []  # closing a file would free its label
+
+
+def claim(wanted: str, home: Path) -> str:
+    """Return `wanted`, or `wanted-2`, `wanted-3` and so on: the first that no live process of this home has.
+
+    Where nothing can be written to the home, the process id makes it unique.
+    """
+    directory = home / "labels"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return _claim(wanted, directory)
+    except OSError:
+        return f"{wanted}-{os.getpid()}"
+
+
+def _claim(wanted: str, directory: Path) -> str:
+    for number in itertools.count(1):
+        label = wanted if number == 1 else f"{wanted}-{number}"
+        lock = (directory / re.sub(r"[^A-Za-z0-9_.-]", "-", label)).open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        _held.append(lock)
+        return label
+    raise AssertionError("unreachable")
