@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -11,11 +13,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.group import Chosen, Plan, Waiting
+from worker.group import Chosen, Neighbours, Plan, Waiting
 from worker.sequence import Tokens
 
-LEVEL_TOKENS = (1024, 512, 2048, 64)  # systems, few-shots, documents, questions
 Path = tuple[int, ...]
+Shape = tuple[tuple[int, int], ...]
+
+FOUR_LEVELS: Shape = ((8, 1024), (4, 512), (8, 2048), (4, 64))  # systems, few-shots, documents, questions
+LEVEL_TOKENS = tuple(tokens for _, tokens in FOUR_LEVELS)
+SHAPES: dict[str, Shape] = {
+    "four levels": FOUR_LEVELS,
+    "many systems, few questions": ((16, 1024), (8, 512), (4, 1024), (2, 64)),
+    "prefixes alone": ((64, 2048), (16, 128)),
+    "pairs of long documents": ((4, 256), (128, 3000), (2, 32)),
+    "five even levels": ((4, 300), (4, 300), (4, 300), (4, 300), (4, 100)),
+    "large heads, small documents": ((4, 2048), (8, 64), (4, 512), (8, 128)),
+}
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple)
 queues_of_prompts = st.lists(st.tuples(prompts, st.integers(0, 1)), max_size=12)
@@ -37,13 +50,15 @@ def shared(left: Sequence[int], right: Sequence[int]) -> int:
     return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def tree_of_prompts(seed: int) -> tuple[list[Path], dict[str, Tokens]]:
-    """Make 8 systems x 4 few-shots x 8 documents x 4 questions, in random order of arrival."""
+def tree_of_prompts(seed: int, shape: Shape = FOUR_LEVELS) -> tuple[list[Path], dict[str, Tokens]]:
+    """Make prompts of a tree, in random order of arrival; `shape` is the number of children and tokens per level."""
     rng = np.random.default_rng(seed)
-    paths: list[Path] = [(s, f, d, q) for s in range(8) for f in range(4) for d in range(8) for q in range(4)]
-    texts = {path[: level + 1]: rng.integers(0, 49_152, LEVEL_TOKENS[level]) for path in paths for level in range(4)}
+    paths = list(itertools.product(*(range(num) for num, _ in shape)))
+    texts = {
+        path[: level + 1]: rng.integers(0, 49_152, shape[level][1]) for path in paths for level in range(len(shape))
+    }
     random.Random(seed).shuffle(paths)
-    pieces = {path: [texts[path[: level + 1]] for level in range(4)] for path in paths}
+    pieces = {path: [texts[path[: level + 1]] for level in range(len(shape))] for path in paths}
     return paths, {str(path): np.concatenate(parts).astype(np.int32) for path, parts in pieces.items()}
 
 
@@ -68,7 +83,15 @@ def computed_tokens(order: Sequence[Path], budget_tokens: int) -> int:
     return computed
 
 
-def run_through_window(paths: Sequence[Path], prompts_: dict[str, Tokens], window_jobs: int) -> list[Path]:
+def beyond_the_last(order: Sequence[Path], shape: Shape) -> int:
+    """Count what a cache computes that holds one path: the tokens beyond what a prompt shares with the last."""
+    sizes = [size for _, size in shape]
+    return sum(sum(sizes[shared(before, job) :]) for before, job in zip([(), *order], order, strict=False))
+
+
+def run_through_window(
+    paths: Sequence[Path], prompts_: dict[str, Tokens], window_jobs: int, *, detours: bool = True
+) -> list[Path]:
     """Run one job at a time; another one arrives for each that was taken."""
     by_id = {str(path): path for path in paths}
     arriving = [Waiting(str(path), prompts_[str(path)]) for path in paths]
@@ -76,7 +99,7 @@ def run_through_window(paths: Sequence[Path], prompts_: dict[str, Tokens], windo
     plan.add(arriving[:window_jobs])
     order: list[Path] = []
     while len(plan):
-        more = window_jobs + len(order) < len(arriving)
+        more = detours and window_jobs + len(order) < len(arriving)
         (choice,) = plan.next(1, more=more)
         plan.remove([choice.id])
         order.append(by_id[choice.id])
@@ -97,12 +120,45 @@ def test_every_distinct_token_is_computed_once_when_the_window_holds_the_queue(s
     assert computed_tokens(paths, budget_tokens=sum(LEVEL_TOKENS)) > 5 * distinct  # the order of arrival
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [7, 77, 777])
 def test_a_window_of_256_jobs_computes_at_most_1_95_times_the_distinct_tokens(seed: int) -> None:
     paths, prompts_ = tree_of_prompts(seed)
     order = run_through_window(paths, prompts_, window_jobs=256)
     assert sorted(order) == sorted(paths)
     assert computed_tokens(order, budget_tokens=sum(LEVEL_TOKENS)) <= 1.95 * 614_400
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_detours_cost_less_than_finishing_every_subtree_whatever_the_tree(name: str) -> None:
+    shape = SHAPES[name]
+    paths, prompts_ = tree_of_prompts(len(name), shape)
+    with_detours, without = (
+        beyond_the_last(run_through_window(paths, prompts_, 256, detours=detours), shape) for detours in (True, False)
+    )
+    distinct = sum(size * math.prod(num for num, _ in shape[: level + 1]) for level, (_, size) in enumerate(shape))
+    assert with_detours <= 1.02 * without
+    assert with_detours <= 1.95 * distinct
+    assert beyond_the_last(paths, shape) > 1.5 * with_detours  # the order of arrival
+
+
+def test_a_chain_of_prompts_costs_no_more_per_job_than_a_few_times_that_of_one_ten_times_shorter() -> None:
+    def plan_all(num_jobs: int) -> float:
+        text = np.arange(num_jobs, dtype=np.int32)
+        jobs = [Waiting(str(number), text[: number + 1]) for number in range(num_jobs)]
+        random.Random(0).shuffle(jobs)
+        began = time.process_time()
+        plan = Plan()
+        for job in jobs:
+            plan.add([job])
+        assert plan.num_bytes == text.nbytes
+        order: list[str] = []
+        while len(plan):
+            order += (offered := ids(plan.next(8)))
+            plan.remove(offered)
+        assert order == [str(number) for number in range(num_jobs)]
+        return time.process_time() - began
+
+    assert plan_all(5_000) < 50 * min(plan_all(500) for _ in range(3))  # a walk node by node: 100 times
 
 
 def test_planning_a_job_costs_the_same_with_ten_times_as_many_waiting() -> None:
@@ -205,6 +261,102 @@ def test_no_job_is_passed_by_more_later_arrivals_than_allowed() -> None:
         order += ids(plan.next(1))
         plan.add([Waiting(str(number), tokens([1, number]))])
     assert order.index("alone") == 3
+
+
+@given(
+    st.lists(st.tuples(prompts, st.integers(0, 3)), min_size=1, max_size=60),
+    st.integers(0, 8),
+    st.booleans(),
+)
+def test_whatever_arrives_no_job_is_passed_by_more_later_arrivals_than_allowed(
+    items: list[tuple[Path, int]], max_passed: int, more: bool
+) -> None:
+    plan = Plan(max_passed=max_passed)
+    order: list[int] = []
+    for number, (prompt, num_offers) in enumerate(items):
+        plan.add([Waiting(str(number), tokens(prompt))])
+        order += map(int, ids(plan.next(num_offers, more=more)))
+    order += map(int, ids(plan.next(len(items))))
+    for place, number in enumerate(order):
+        assert sum(before > number for before in order[:place]) <= max_passed
+
+
+# -- several workers ---------------------------------------------------------------------------------------------------
+
+
+def family(name: str, head: int, num: int) -> list[Waiting]:
+    return [Waiting(f"{name}{number}", tokens([1, head, head, number])) for number in range(num)]
+
+
+def marks(*heads: int) -> frozenset[int]:
+    """Return the marks of the turns into the families of these heads."""
+    trails = []
+    for head in heads:
+        plan = Plan()
+        plan.add([*family("a", head, 1), Waiting("other", tokens([1, 99]))])
+        while plan.next(1)[0].id != "a0":
+            pass
+        trails.append(plan.trail())
+    return frozenset().union(*trails)
+
+
+def test_a_worker_takes_the_largest_subtree_in_which_no_other_is() -> None:
+    plan = Plan()
+    plan.add([*family("a", 5, 4), *family("b", 6, 3), *family("c", 7, 2)])
+    plan.heed(Neighbours(marks(5)))
+    assert ids(plan.next(5)) == ["b0", "b1", "b2", "c0", "c1"]
+    assert sorted(ids(plan.next(4))) == ["a0", "a1", "a2", "a3"]  # nothing else is left
+
+
+def test_when_two_workers_meet_the_junior_leaves() -> None:
+    for senior, following in ((marks(5), "b"), (frozenset[int](), "a")):
+        plan = Plan()
+        plan.add([*family("a", 5, 4), *family("b", 6, 3)])
+        assert ids(plan.next(1)) == ["a0"]
+        plan.heed(Neighbours(marks(5), senior=senior))
+        assert ids(plan.next(1))[0].startswith(following)
+
+
+def test_a_worker_that_has_nowhere_else_to_go_stays_though_a_senior_is_there() -> None:
+    plan = Plan()
+    plan.add([*family("a", 5, 4), *family("b", 6, 3)])
+    plan.next(1)
+    plan.heed(Neighbours(marks(5, 6), senior=marks(5, 6)))
+    assert all(job_id.startswith("a") for job_id in ids(plan.next(3)))
+
+
+def test_a_worker_prefers_prefixes_that_it_holds_and_leaves_those_that_others_hold() -> None:
+    plan = Plan()
+    plan.add([*family("a", 5, 4), *family("b", 6, 3), *family("c", 7, 2)])
+    plan.heed(Neighbours(frozenset(), held=marks(5), own=marks(7)))
+    assert [job_id[0] for job_id in ids(plan.next(9))] == [*"cc", *"bbb", *"aaaa"]
+
+
+def test_workers_that_share_a_subtree_reach_for_different_jobs() -> None:
+    def first_jobs(seed: int) -> set[str]:
+        plan = Plan(seed=seed)
+        plan.add(family("a", 5, 100))
+        plan.add([Waiting("other", tokens([2]))])
+        plan.next(1)
+        plan.heed(Neighbours(plan.trail(), senior=plan.trail()))
+        plan.next(1)  # the other one
+        return set(ids(plan.next(10)))
+
+    assert len(first_jobs(1) & first_jobs(2)) < 6
+
+
+@given(st.lists(prompts, max_size=12), st.integers(1, 4), st.data())
+def test_with_neighbours_too_every_job_is_offered_once(items: list[Path], batch: int, data: st.DataObject) -> None:
+    plan, trails = Plan(), frozenset[int]()
+    plan.add(waiting(*items))
+    order: list[str] = []
+    while len(plan):
+        some = st.sets(st.sampled_from(sorted(trails))) if trails else st.just(set())
+        running = frozenset(data.draw(some))
+        plan.heed(Neighbours(running, senior=frozenset(data.draw(some)) & running, own=trails))
+        order += ids(plan.next(batch))
+        trails |= plan.trail()
+    assert sorted(order) == sorted(str(number) for number in range(len(items)))
 
 
 def test_a_thin_subtree_is_left_for_a_large_group_only_while_more_jobs_are_to_come() -> None:

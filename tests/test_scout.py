@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import wait
@@ -264,6 +265,35 @@ def test_a_window_reads_no_more_jobs_and_bytes_than_it_may(
         assert len(by_jobs.offer(300)) == 10
         assert 10 < len(by_bytes.offer(300)) < 300
         assert by_bytes.busy  # room again, or the worker would starve
+
+
+def test_stop_strings_count_as_bytes_of_the_window(redis: Redis, redis_url: str, loaded: LoadedTokenizer) -> None:
+    enqueue(redis, *[f"{number}" for number in range(100)], sampling={"stop": ["x" * 10_000]})
+    with connect(redis_url) as client:
+        window = Window(Settings.from_env({"RADIXQ_WINDOW_BYTES": "100000"}), loaded, ["radixq"], client)
+        read_all(window)
+        first = window.offer(100)
+        assert len(first) < 100
+        window.settle([candidate.job_id for candidate in first])
+        read_all(window)
+        assert 0 < len(window.offer(100)) < 100  # what left made room
+
+
+def test_a_waiting_job_takes_little_memory_beyond_its_own_tokens(
+    redis: Redis, redis_url: str, loaded: LoadedTokenizer
+) -> None:
+    num_jobs, head = 2_000, "You are a helpful assistant who answers briefly. " * 20
+    enqueue(redis, *[f"{head} Question {number}?" for number in range(num_jobs)])
+    with connect(redis_url) as client:
+        window = Window(Settings.from_env({}), loaded, ["radixq"], client)
+        tracemalloc.start()
+        try:
+            read_all(window)
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert len(window.offer(num_jobs)) == num_jobs
+    assert held < 4_000 * num_jobs
 
 
 def test_a_queue_of_higher_priority_is_read_and_offered_first(

@@ -205,7 +205,9 @@ class _Queue:
         Return its id, its key and the depths (bytes) at which other jobs of this queue leave it.
         """
         trie = self._grown()
-        job = self._overdue() or (self._nearest(last, more=more) if neighbours is None else self._aside(last, neighbours))
+        job = self._overdue() or (
+            self._nearest(last, more=more) if neighbours is None else self._aside(last, neighbours)
+        )
         self._num_passing += 1
         return job.id, *trie.take(job)
 

@@ -94,6 +94,7 @@ class Window:
         self._raw: deque[tuple[str, bytes]] = deque()
         self._raw_bytes = 0
         self._sampling: dict[str, Sampling] = {}
+        self._stop_bytes = 0
         self._refused: dict[str, Failure] = {}
         self._expires: dict[str, float] = {}  # seconds since the epoch, of known jobs that do
         self._expiring: list[tuple[float, str]] = []  # a heap of the same, which may hold jobs that left
@@ -192,7 +193,8 @@ class Window:
             at, job_id = heapq.heappop(self._expiring)
             if self._expires.get(job_id) == at and job_id not in self._offered:
                 self._plan.remove([job_id])
-                self._sampling.pop(job_id, None)
+                if job_id in self._sampling:
+                    self._pop_sampling(job_id)
                 self._refused[job_id] = Failure(code=Expired.code, message=EXPIRED)
 
     def offer(self, want: int) -> list[Candidate]:
@@ -202,7 +204,7 @@ class Window:
         offers = [self._candidate(job_id, refusal=self._refused.pop(job_id)) for job_id in refused]
         more = bool(self._unread or self._raw) or sum(self._ends[::3]) > self._settings.window_jobs
         for choice in self._plan.next(room, more=more):
-            prompt = Prompt(choice.tokens, self._sampling.pop(choice.id), choice.branches)
+            prompt = Prompt(choice.tokens, self._pop_sampling(choice.id), choice.branches)
             offers.append(self._candidate(choice.id, prompt))
         self._offered.update(candidate.job_id for candidate in offers)
         return offers
@@ -251,6 +253,7 @@ class Window:
             self._refuse(job_id, error)
         else:
             self._sampling[job_id] = seeded(prompt.sampling, job_id)
+            self._stop_bytes += _stop_bytes(prompt.sampling)
             place = 0 if job_id in self._suspects else 1 + self._home[job_id]
             self._plan.add([Waiting(job_id, prompt.tokens, place)])
 
@@ -261,13 +264,24 @@ class Window:
         self._plan.remove(job_ids)
         for job_id in job_ids:
             self._home.pop(job_id, None)
-            self._sampling.pop(job_id, None)
+            if job_id in self._sampling:
+                self._pop_sampling(job_id)
             self._refused.pop(job_id, None)
             self._expires.pop(job_id, None)
 
+    def _pop_sampling(self, job_id: str) -> Sampling:
+        sampling = self._sampling.pop(job_id)
+        self._stop_bytes -= _stop_bytes(sampling)
+        return sampling
+
     def _has_room(self) -> bool:
-        held = self._plan.num_bytes + self._raw_bytes
+        held = self._plan.num_bytes + self._raw_bytes + self._stop_bytes
         return held < self._settings.window_bytes or not len(self._plan)
+
+
+def _stop_bytes(sampling: Sampling) -> int:
+    """Return the size of what a job may bring along besides its tokens."""
+    return sum(map(len, sampling.stop))
 
 
 def connect(redis_url: str) -> redis.Redis:
