@@ -35,7 +35,9 @@ class Settings(BaseModel):
         Path("~/.radixq"), alias="RADIXQ_HOME", description="embedded server; locks and crash reports of workers"
     )
     worker_name: str | None = Field(
-        None, alias="RADIXQ_WORKER_NAME", description="label in metrics; else the host name; the second process of one home gets -2"
+        None,
+        alias="RADIXQ_WORKER_NAME",
+        description="label in metrics; else the host name; the second process of one home gets -2",
     )
     dtype: Literal["stored", "float32", "float16", "bfloat16"] | None = Field(
         None, alias="RADIXQ_DTYPE", description="else float32 on CPU, as stored on Metal"

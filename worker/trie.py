@@ -131,8 +131,7 @@ class Trie:
         """
         before, frames = b"", [_Frame(self.root)]
         for job in sorted(jobs, key=attrgetter("key")):  # stable: among equal prompts the oldest stays first
-            common = shared(job.key, 0, before)
-            while frames[-1].node.end > common:
+            while not job.key.startswith(before[: frames[-1].node.end]):
                 _leave(frames)
             self._descend(frames, job)
             job.node = frames[-1].node
