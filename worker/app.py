@@ -238,18 +238,15 @@ class BatchWorker(BaseWorker):
     def handle_payload(self, message: dict[str, Any]) -> None:
         """Stop every execution of the job in question (RQ knows one). Runs in RQ's own thread."""
         payload = parse_payload(message)
-        flights = list(self._pump.flights.values()) if self._pump else []
-        hits = [flight.id for flight in flights if flight.job.id == payload.get("job_id")]
-        if payload.get("command") == "stop-job" and hits:
-            for execution_id in hits:
-                self.request_stop_execution(execution_id)
+        if payload.get("command") == "stop-job":
+            self.request_stop_execution(str(payload.get("job_id")))
         else:
             super().handle_payload(message)  # type: ignore[no-untyped-call]
 
     def request_stop_execution(self, execution_id: str) -> None:
-        """Stop one execution. Runs in RQ's own thread."""
+        """Stop one execution, or all of one job. Runs in RQ's own thread."""
         if self._pump is not None:
-            self._pump.stop_execution(execution_id)
+            self._pump.stop_job(execution_id)
 
     def _pubsub_exception_handler(self, exc: Exception, *_: object) -> None:
         """Keep listening for commands, whatever comes: RQ's thread would end on a timeout, or on a broken message."""

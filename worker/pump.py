@@ -94,9 +94,12 @@ class Pump:
             self._stopping, self._stopping_since = True, time.monotonic()
         self._hurry = self._hurry or now
 
-    def stop_execution(self, execution_id: str) -> None:
-        """End one execution, as somebody asked RQ to; for any thread."""
-        self._stops.put(execution_id)
+    def stop_job(self, name: str) -> None:
+        """End an execution, or every execution of a job, as somebody asked RQ to; for any thread.
+
+        Redis says that a job runs a moment before we know it ourselves: it is looked up when that moment is over.
+        """
+        self._stops.put(name)
 
     def recover(self) -> None:
         """Take over from dead workers."""
@@ -149,10 +152,11 @@ class Pump:
         for event in self._runner.events():
             self._handle(event)
         while not self._stops.empty():
-            flight = self.flights.get(self._stops.get())
-            if flight is not None and flight.result is None:
-                flight.stopped = True
-                self._end(flight, Cancelled("the job was stopped while it ran"))
+            name = self._stops.get()
+            for flight in self.flights.values():
+                if name in (flight.id, flight.job.id) and flight.result is None:
+                    flight.stopped = True
+                    self._end(flight, Cancelled("the job was stopped while it ran"))
         now = time.monotonic()
         for flight in self.flights.values():
             if flight.result is None and now > flight.deadline:
