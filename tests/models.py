@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +71,29 @@ def tiny(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
     """
     model_class, args_class = _get_classes(tiny_config(arch, **overrides))
     model: Any = model_class(args_class.from_dict(tiny_config(arch, **overrides)))
-    rng = np.random.default_rng(seed)
-    weights = {name: mx.array(_random(rng, value.shape)) for name, value in sorted(parameters(model).items())}
-    model.load_weights(list(weights.items()))
+    model.load_weights(list(random_weights(model, seed).items()))
     model.eval()
     mx.eval(model.parameters())
     return model
 
 
-def tiny_tokenizer() -> TokenizerWrapper:
-    """Build a byte-level tokenizer of 300 tokens with ChatML's special tokens; it can write every text."""
+def random_weights(model: Module, seed: int) -> dict[str, mx.array]:
+    """Return weights for every parameter of a model."""
+    rng = np.random.default_rng(seed)
+    return {name: mx.array(_random(rng, value.shape)) for name, value in sorted(parameters(model).items())}
+
+
+def tiny_tokenizer(more: Sequence[str] = ()) -> TokenizerWrapper:
+    """Build a byte-level tokenizer of 300 tokens with ChatML's special tokens; it can write every text.
+
+    `more` are special tokens with the numbers from 300 on.
+    """
     merges = [(left, right) for left, _, right in (pair.partition(" ") for pair in _MERGES.split("|"))]
     words = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
     tokenizer = Tokenizer(BPE({word: index for index, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_ADDED)
+    tokenizer.add_tokens([*_ADDED, *(AddedToken(word, special=True, normalized=False) for word in more)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

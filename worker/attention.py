@@ -17,21 +17,21 @@ same storage:
 from __future__ import annotations
 
 import math
+import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import base
 
 PRODUCT_TOKENS = 128
 """Segments shorter than this are attended in one masked product together: many small products cost more."""
 
 _TWO = mx.array(2.0)
 _NAME = "scaled_dot_product_attention"
-_STOCK = base.scaled_dot_product_attention
+_HOMES = ("mlx_lm.models.base", "mlx_vlm.models.base")
 Layers = Sequence[tuple[mx.array, mx.array]]
 
 
@@ -199,27 +199,37 @@ def _unfold(x: mx.array, rows: int) -> mx.array:
     return x.reshape(n, rows, bt // rows, d).swapaxes(0, 1)
 
 
-def _dispatch(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: mx.array | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    attend = getattr(cache, "attend", None)
-    if attend is None:
-        return _STOCK(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-    return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)  # type: ignore[no-any-return]
+def _dispatching(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return the attention function that asks the cache first."""
+
+    def attention(
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: Any,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        attend = getattr(cache, "attend", None)
+        if attend is None:
+            return stock(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)  # type: ignore[no-any-return]
+
+    return attention
+
+
+def _stock() -> list[Callable[..., mx.array]]:
+    """Return the attention functions of the libraries that are loaded."""
+    return [getattr(sys.modules[home], _NAME) for home in _HOMES if home in sys.modules]
 
 
 def install(model: Any) -> int:
     """Let the attention layers of this one model ask their cache to attend; return how many layers do.
 
-    mlx-lm's models import the attention function by name and call it inside methods. Each module that does gets a
-    subclass of its class whose methods see `_dispatch` under that name. Nothing in mlx_lm changes, and other models
-    in the process stay as they are. Idempotent.
+    The models of mlx-lm and of mlx-vlm import their library's attention function by name and call it inside methods.
+    Each module that does gets a subclass of its class whose methods see another function under that name. Nothing in
+    the libraries changes, and other models in the process stay as they are. Idempotent.
     """
     hooked = 0
     for _, module in model.named_modules():
@@ -234,12 +244,13 @@ def install(model: Any) -> int:
 
 def _rebound_methods(cls: type) -> dict[str, types.FunctionType]:
     methods: dict[str, types.FunctionType] = {}
+    stock = _stock()
     for owner in cls.__mro__:
         for name, fn in vars(owner).items():
             if name in methods or not isinstance(fn, types.FunctionType):
                 continue
-            if _NAME in fn.__code__.co_names and fn.__globals__.get(_NAME) is _STOCK:
-                scope = {**fn.__globals__, _NAME: _dispatch}
+            if _NAME in fn.__code__.co_names and fn.__globals__.get(_NAME) in stock:
+                scope = {**fn.__globals__, _NAME: _dispatching(fn.__globals__[_NAME])}
                 clone = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
                 clone.__kwdefaults__ = fn.__kwdefaults__
                 methods[name] = clone

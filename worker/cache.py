@@ -41,12 +41,14 @@ class Limits:
         chunk_tokens: prompt tokens between two decode steps.
         kv_bytes: bound on tree and rows together, worst case, with the copies that are made of them.
         arrays: bound on buffers of tree and rows: Metal has a fixed number of them for a process.
+        picture_bytes: bound on what is kept of pictures beside it, the one used last excepted.
     """
 
     max_rows: int
     chunk_tokens: int
     kv_bytes: int
     arrays: int = 400_000
+    picture_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ class PrefixCache:
     def find(self, row: Row) -> Match[Any]:
         """Return how much of a prompt can be reused; its last token never is, since something must be left to run."""
         found = self.tree.match(row.cacheable)
-        return _last_state(found) if self.reuse == "snapshot" else found
+        if self.reuse == "snapshot":
+            return _last_state(found)
+        return _cut(found, row.prompt.whole(found.length))
 
     def attach(self, row: Row, node: Node[Any], prefix_tokens: int) -> None:
         """Let a row read the tree up to `prefix_tokens`, which lie in `node`; what it read before is released."""
@@ -120,12 +124,14 @@ class PrefixCache:
         `last_use` promises that the batch is dropped now.
 
         Returns the node in which `end` lies, or None where nothing can be kept: there is no room, the values are not
-        all finite, or the model's state cannot be reused.
+        all finite, the model's state cannot be reused, or another picture is there whose keys begin as this one's.
         """
         if self.reuse == "none":
             return None
         tokens = row.tokens(end)
         at = self.tree.match(tokens)
+        if row.prompt.whole(at.length) < at.length:
+            return None
         if at.length == end and (self.reuse != "snapshot" or (at.node.end == end and at.node.nbytes)):
             return at.node
         self.tree.lock(at.node)  # to make room must not take away the place for which it is made
@@ -188,6 +194,14 @@ class PrefixCache:
             f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
             f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"
         )
+
+
+def _cut(found: Match[Any], length: int) -> Match[Any]:
+    """Return a shorter match on the same way."""
+    node = found.node
+    while node.parent is not None and node.start >= length:
+        node = node.parent
+    return Match(node, length)
 
 
 def _last_state(found: Match[Any]) -> Match[Any]:

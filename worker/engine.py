@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from common.errors import InternalError, OutOfMemory, RadixqError
+from common.errors import InternalError, OutOfMemory, RadixqError, Unsupported
 from common.log import logger
 from worker import attention
 from worker.cache import NOTHING, Limits, Need, PrefixCache, Reuse
@@ -29,7 +29,8 @@ from worker.model import LoadedModel
 from worker.row import Answer, Row
 from worker.running import Running
 from worker.sampling import Sampler, sample
-from worker.sequence import EngineStats, Event, Failed, Prompt
+from worker.sequence import EngineStats, Event, Failed, Prompt, Tokens
+from worker.vision import Inputs, Sight
 
 FULL = 0.9  # of the rows: from here on there is one chunk of prefill between two decode steps
 BURST_CHUNKS, BURST_S = 8, 0.25  # below it, at most so many, or for so long
@@ -49,6 +50,8 @@ class Engine:
         self.cache = PrefixCache(loaded, limits, exact=exact, reuse=reuse)
         self._loaded, self._limits = loaded, limits
         self._model: Any = loaded.model
+        sees = loaded.processor is not None and reuse == "shared"
+        self._sight = Sight(loaded.model, loaded.processor, limits.picture_bytes) if sees else None
         self._running = Running(self.cache)
         self._intake = Intake(self.cache, limits.max_rows)
         self._fill: Fill | None = None
@@ -121,6 +124,8 @@ class Engine:
             prefix_bytes_saved=batch.copied_tokens * self._loaded.kv_bytes_per_token,
             batch_rows=len(self._running),
             cohorts=batch.num_cohorts,
+            vision_runs=self._sight.runs if self._sight else 0,
+            vision_bytes=self._sight.nbytes if self._sight else 0,
             active_bytes=mx.get_active_memory(),
             peak_bytes=mx.get_peak_memory(),
         )
@@ -181,7 +186,8 @@ class Engine:
         for line, row, piece in zip(block, fill.rows, pieces, strict=True):
             line[: len(piece)] = piece
             self._count_prompt(row, len(piece))
-        fill.batch.forward(self._model, block, [len(piece) for piece in pieces])
+        fed = self._pictures(fill.batch, fill.rows, block)
+        fill.batch.forward(self._model, block, [len(piece) for piece in pieces], **fed)
         fill.batch.evaluate()
         fill.done += columns
 
@@ -214,7 +220,8 @@ class Engine:
         self._follow_splits()
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
-        logits = self._running.batch.forward(self._model, inputs, [1] * len(rows))
+        fed = self._pictures(self._running.batch, rows, inputs)
+        logits = self._running.batch.forward(self._model, inputs, [1] * len(rows), **fed)
         norm = mx.logsumexp(logits, axis=-1, keepdims=True)
         chosen, finite = sample(logits - norm, [row.sampler for row in rows]), mx.isfinite(norm[:, 0])
         mx.eval(chosen, finite)
@@ -263,6 +270,18 @@ class Engine:
             completion_tokens=usage.completion_tokens,
         )
         return finished
+
+    def _pictures(self, batch: Any, rows: Sequence[Row], block: Tokens) -> Inputs:
+        """Return what the model is fed beside the next tokens of rows; nothing where all are text."""
+        if not any(row.prompt.pictures for row in rows):
+            return {}
+        if self._sight is None:
+            raise Unsupported(f"{self._loaded.name} runs without its pictures here; the worker's log says why")
+        for row in rows:
+            if row.prompt.pictures and row.view is None:
+                row.view = self._sight.view(row.prompt)
+        starts = [row.prefix_tokens + length for row, length in zip(rows, batch.lengths, strict=True)]
+        return self._sight.inputs([row.view for row in rows], starts, block)
 
     # When something fails
 

@@ -127,7 +127,7 @@ class Intake:
         told = bisect_left(row.prompt.branches, least)
         seen = self.line.departure(row, least)
         ends = [*row.prompt.branches[told : told + 1], *([] if seen is None else [seen])]
-        end = min(last, *ends) if ends else start
+        end = row.prompt.whole(min(last, *ends)) if ends else start
         return end if end >= least else None
 
     def _fits(self, row: Row, segment_end: int | None, rows: Sequence[Row], running: Running) -> bool:

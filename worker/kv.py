@@ -121,13 +121,16 @@ class Batch:
         self.paths[row] = path
         self._plan = None
 
-    def forward(self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], counts: Sequence[int]) -> mx.array:
+    def forward(
+        self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], counts: Sequence[int], **fed: mx.array
+    ) -> mx.array:
         """Run the next tokens [B, L] of all rows, of which row b has `counts[b]`; return the last logits, [B, V].
 
-        What lies behind a row's count is padding: `trim` cuts it off before the row decodes.
+        What lies behind a row's count is padding: `trim` cuts it off before the row decodes. `fed` is what the model
+        takes beside tokens.
         """
         self._begin(tokens.shape[1])
-        logits = model(mx.array(tokens), cache=[LayerCache(self, i) for i in range(len(self._tails))])
+        logits = model(mx.array(tokens), cache=[LayerCache(self, i) for i in range(len(self._tails))], **fed)
         self.lengths = [n + self._new_tokens for n in self.lengths]
         return logits[:, -1]  # type: ignore[no-any-return]
 

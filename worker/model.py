@@ -21,9 +21,11 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from common.errors import ModelNotLoaded
-from worker import gguf
+from common.errors import ModelNotLoaded, RadixqError
+from common.log import logger
+from worker import gguf, processor, vision
 from worker.platform import DeviceInfo
+from worker.processor import Processor
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
@@ -35,16 +37,26 @@ _MAX_REASON = 300  # characters of a library's message: one that lists all weigh
 # What mlx-lm and transformers raise for a file that is broken or not what they expect. SystemExit comes from importing
 # mlx-lm's olmo without a package that it needs; in a thread it would end the thread without a word.
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
+_TEXT_ONLY = "it reads text only"
+
+log = logger("worker.model")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
-    """What a process needs that renders and counts tokens but computes nothing."""
+    """What a process needs that renders and counts tokens but computes nothing.
+
+    Attributes:
+        name: hub id, directory name, or file name without `.gguf`.
+        processor: of pictures; None where none can be taken, for the reason in `blind`.
+    """
 
     tokenizer: TokenizerWrapper
-    name: str  # hub id, directory name, or file name without `.gguf`
+    name: str
     context_length: int
     eos_token_ids: frozenset[int]
+    processor: Processor | None = field(default=None, repr=False)
+    blind: str = _TEXT_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,7 @@ class LoadedModel:
     cache_kind: str  # "plain", or the classes of the model's caches
     eos_token_ids: frozenset[int]
     notes: tuple[str, ...]  # what a person should know about how it was loaded
+    processor: Processor | None = field(default=None, repr=False)  # if it takes pictures, and `model` a VisionModel
 
 
 def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> LoadedModel:
@@ -74,12 +87,16 @@ def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> Lo
     """
     path, name = _find(path_or_id)
     read = _read_tokenizer(path, name)
-    model, native = _read_model(path)
-    target, notes = _choose_dtype(model, dtype, device)
-    _convert(model, target, native)
-    mx.eval(model.parameters())  # type: ignore[no-untyped-call]
+    model, notes = _with_pictures(path, read, dtype, device) if read.processor else (None, ())
+    seeing = model is not None
+    if model is None:
+        model, more = _evaluated(*_read_model(path), dtype, device)
+        notes += more
+    if read.processor is None and _has_tower(path):
+        notes += (f"no pictures: {read.blind}",)
     return LoadedModel(
         model=model,
+        processor=read.processor if seeing else None,
         tokenizer=read.tokenizer,
         name=name,
         digest=_digest(path),
@@ -93,6 +110,30 @@ def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> Lo
 def load_tokenizer(path_or_id: str) -> LoadedTokenizer:
     """Load the tokenizer alone, the same as `load` does, without reading weights."""
     return _read_tokenizer(*_find(path_or_id))
+
+
+def _with_pictures(
+    path: Path, read: LoadedTokenizer, dtype: str | None, device: DeviceInfo
+) -> tuple[Module | None, tuple[str, ...]]:
+    """Return mlx-vlm's model, if pictures and text come out right with it, and what there is to say."""
+    assert read.processor is not None
+    try:
+        model, notes = _evaluated(vision.load(path), None, dtype, device)
+        vision.try_out(model, read.processor)
+    except (RadixqError, *_LIBRARY_ERRORS) as error:
+        log.exception("this model cannot take pictures here")
+        return None, (f"no pictures: {_brief(error)}",)
+    return model, notes
+
+
+def _evaluated(
+    model: Module, native: mx.Dtype | None, dtype: str | None, device: DeviceInfo
+) -> tuple[Module, tuple[str, ...]]:
+    """Bring a model's weights to their type and into memory."""
+    target, notes = _choose_dtype(model, dtype, device)
+    _convert(model, target, native)
+    mx.eval(model.parameters())  # type: ignore[no-untyped-call]
+    return model, notes
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -128,6 +169,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, AttributeError) as error:
         raise ModelNotLoaded(f"cannot read {directory}/config.json: {_brief(error)}; download it again") from error
     return dict(config)
+
+
+def _has_tower(path: Path) -> bool:
+    return path.is_dir() and processor.has_tower(_read_config(path))
 
 
 def _hint(directory: Path) -> str:
@@ -176,7 +221,20 @@ def _read_tokenizer(path: Path, name: str) -> LoadedTokenizer:
             f"{path} has no chat template, so it is a base model or a part is missing: take the instruct version"
             + ("" if path.is_file() else ", or add chat_template.jinja")
         )
-    return LoadedTokenizer(tokenizer, name, _context_length(config, path), frozenset(tokenizer.eos_token_ids))
+    length, ends = _context_length(config, path), frozenset(tokenizer.eos_token_ids)
+    return LoadedTokenizer(tokenizer, name, length, ends, *_read_processor(path, config, name))
+
+
+def _read_processor(path: Path, config: dict[str, Any], name: str) -> tuple[Processor | None, str]:
+    """Return the processor of pictures, or None and why there is none."""
+    if path.is_file() or not processor.has_tower(config):
+        return None, _TEXT_ONLY
+    if not processor.installed():
+        return None, f"the worker lacks the part that reads pictures; install it there: {processor.INSTALL}"
+    try:
+        return processor.load(path, config, name), ""
+    except ModelNotLoaded as error:
+        return None, str(error)
 
 
 def _read_directory_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:

@@ -12,7 +12,10 @@ message, becomes that token, as in mlx-lm; a producer whose users may write such
 from __future__ import annotations
 
 import json
+import re
 import zlib
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +24,11 @@ from pydantic import ValidationError
 
 from common import keys
 from common.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from common.messages import WIRE_VERSION, GenerateJob, Sampling
+from common.messages import WIRE_VERSION, GenerateJob, ImagePart, Message, Sampling
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker.sequence import Prompt, Tokens
+from worker.processor import Processor, place
+from worker.sequence import Picture, Prompt, Tokens
 
 if TYPE_CHECKING:
     from worker.model import LoadedTokenizer
@@ -38,6 +42,10 @@ _RESERVED = frozenset({
 # What a template or a tokenizer raises over content that it did not expect.
 _UNRENDERABLE = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _MAX_NAME = 80  # characters of a foreign name that a message quotes
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+
+Fetch = Callable[[Collection[str]], Mapping[str, bytes]]
+"""Gets the stored pictures of these digests; those that are gone are left out."""
 
 
 def read_job(data: bytes, *, max_bytes: int) -> GenerateJob | None:
@@ -68,18 +76,23 @@ def too_large(num_bytes: int, max_bytes: int) -> InvalidRequest:
     )
 
 
-def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings) -> Prompt:
-    """Return the job's tokens and how to continue them.
+def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings, fetch: Fetch | None = None) -> Prompt:
+    """Return the job's tokens and how to continue them. `fetch` is asked only for pictures never seen before.
 
     `max_tokens` is the job's, else the setting's, but never more than the context has left, which is at least one.
 
     Raises:
         InvalidRequest: the template refuses the messages, or there is not one token.
         ContextLengthExceeded: no room is left for an answer.
-        Unsupported: the job has a picture.
+        Unsupported: the job has a picture, and the worker or its model takes none, or not this one.
+        ImageUnreadable: a picture is gone, or is none.
     """
-    _refuse_pictures(job, loaded.name)
+    digests = _digests(job, loaded)
     tokens = _encode(job.prompt, loaded) if job.prompt is not None else _render(job, loaded, settings)
+    pictures: tuple[Picture, ...] = ()
+    if digests:
+        assert loaded.processor is not None
+        tokens, pictures = _placed(tokens, digests, loaded.processor, fetch)
     if not tokens.size:
         raise InvalidRequest("the prompt has no tokens", field="prompt" if job.prompt is not None else "messages")
     left = loaded.context_length - tokens.size
@@ -89,7 +102,7 @@ def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings) -> Pr
             "with at least one of them for the answer; shorten the prompt"
         )
     max_tokens = min(job.sampling.max_tokens or settings.max_tokens, left)
-    return Prompt(tokens, job.sampling.model_copy(update={"max_tokens": max_tokens}))
+    return Prompt(tokens, job.sampling.model_copy(update={"max_tokens": max_tokens}), pictures=pictures)
 
 
 def seeded(sampling: Sampling, job_id: str) -> Sampling:
@@ -185,14 +198,57 @@ def _kind(value: object) -> str:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_pictures(job: GenerateJob, model: str) -> None:
+def _digests(job: GenerateJob, loaded: LoadedTokenizer) -> list[str]:
+    """Return the digests of the job's pictures in their order."""
+    found: list[str] = []
     for index, message in enumerate(job.messages or ()):
-        if message.num_images:
+        if message.num_images and loaded.processor is None:
             raise Unsupported(
-                f"messages[{index}] has a picture, and {model} reads text only; send text, or give the job to a worker "
-                "with radixq[vision] installed and a vision model, for example a Qwen2-VL",
+                f"messages[{index}] has a picture, and {loaded.name} takes none here: {loaded.blind}; send text, or "
+                "give the job to a worker with radixq[vision] installed and a vision model, for example a Qwen2-VL",
                 field="messages",
             )
+        for part in () if isinstance(message.content, str) else message.content:
+            if isinstance(part, ImagePart):
+                found.append(_digest(part, index))
+    return found
+
+
+def _digest(part: ImagePart, index: int) -> str:
+    named = _DIGEST.fullmatch(part.image_url.url)
+    if named is None:
+        raise InvalidRequest(
+            f"messages[{index}]: a picture must be in Redis, its url sha256: and its digest; submit it with radixq, "
+            "which stores it there",
+            field="messages",
+        )
+    if part.image_url.detail != "auto":
+        raise Unsupported(
+            f"messages[{index}]: this worker sees every picture at the size that its model chooses; leave out detail",
+            field="messages",
+        )
+    return named[1]
+
+
+def _placed(
+    tokens: Tokens, digests: list[str], processor: Processor, fetch: Fetch | None
+) -> tuple[Tokens, tuple[Picture, ...]]:
+    """Put the pictures into a rendered prompt."""
+    places = int(np.count_nonzero(tokens == processor.placeholder))
+    if places != len(digests):
+        raise InvalidRequest(
+            f"the rendered messages have places for {places} pictures, but there are {len(digests)}: leave the model's "
+            "own marks of pictures out of the text",
+            field="messages",
+        )
+    known = {digest: layout for digest in digests if (layout := processor.known(digest)) is not None}
+    missing = [digest for digest in dict.fromkeys(digests) if digest not in known]
+    stored = fetch(missing) if missing and fetch is not None else {}
+    known |= {digest: processor.layout(digest, stored.get(digest)) for digest in missing}
+    placed, pictures = place(tokens, digests, [known[digest] for digest in digests], processor.placeholder)
+    if pictures[-1].stop == len(placed):
+        raise InvalidRequest("the prompt ends with a picture; let text follow it", field="messages")
+    return placed, pictures
 
 
 def _encode(prompt: str, loaded: LoadedTokenizer) -> Tokens:
@@ -215,8 +271,11 @@ def _render(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings) -> To
             f"chat_template_kwargs: {reserved[0]!r} is the worker's and no variable of the template; leave it out",
             field="chat_template_kwargs",
         )
-    messages = [{"role": message.role, "content": message.text} for message in job.messages or ()]
+    template = loaded.processor.chat_template if loaded.processor and job.num_images else None
+    if template is not None:
+        variables["chat_template"] = template
     try:
+        messages = [_as_template_wants(message, tokenizer, template) for message in job.messages or ()]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **variables)
     except _UNRENDERABLE as error:
         # A template's own words are about the roles; what Python or Jinja say may quote the content.
@@ -225,3 +284,24 @@ def _render(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings) -> To
             f"the chat template of {loaded.name} cannot render these messages: {reason}", field="messages"
         ) from error
     return np.array(ids, np.int32)
+
+
+def _as_template_wants(message: Message, tokenizer: Any, template: str | None) -> dict[str, Any]:
+    """Return a message whose content is a string, or parts where it has pictures or the template wants them."""
+    if not message.num_images and _takes_strings(tokenizer, template):
+        return {"role": message.role, "content": message.text}
+    if isinstance(message.content, str):
+        return {"role": message.role, "content": [{"type": "text", "text": message.content}]}
+    parts = [
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+        for part in message.content
+    ]
+    return {"role": message.role, "content": parts}
+
+
+@lru_cache(maxsize=4)
+def _takes_strings(tokenizer: Any, template: str | None) -> bool:
+    """Whether a template writes content that is a string; some that know pictures go through it as a list of parts."""
+    chosen = {} if template is None else {"chat_template": template}
+    shown = tokenizer.apply_chat_template([{"role": "user", "content": "word"}], tokenize=False, **chosen)
+    return "word" in shown

@@ -7,7 +7,7 @@ the way chosen is right is seen by running a few tokens that way and plainly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +15,12 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from common.log import logger
 from worker import attention
-from worker.cache import Reuse
 from worker.kv import KV, Batch, Path
 from worker.sequence import Tokens
 from worker.solo import Snapshot, Solo, leaves
+
+if TYPE_CHECKING:
+    from worker.cache import Reuse
 
 PREFIX, TOKENS = 7, 12
 _PROMPT: Tokens = np.random.default_rng(0).integers(1, 100, TOKENS).astype(np.int32)
@@ -34,7 +36,7 @@ def reuse(model: Any, context_length: int) -> Reuse:
         return "none"
     for way in _candidates(model):
         try:
-            offs = [_off(got, expected) for got, expected in _trials(model, way, max(0, context_length - 2 * TOKENS))]
+            offs = [off(got, expected) for got, expected in _trials(model, way, max(0, context_length - 2 * TOKENS))]
         except _FAILED as error:
             log.info("a way of reuse does not work", extra={"way": way, "error": error})
             continue
@@ -68,7 +70,7 @@ def _can_be_cut(model: Any) -> bool:
     seen = model(mx.array(_PROMPT)[None], cache=caches)[:, :PREFIX]
     another = np.concatenate([_PROMPT[:PREFIX], _PROMPT[PREFIX:] + 1])
     same = model(mx.array(another)[None], cache=make_prompt_cache(model))[:, :PREFIX]
-    return not too_wide and _off(same, seen) < 0.1
+    return not too_wide and off(same, seen) < 0.1
 
 
 def _candidates(model: Any) -> list[Reuse]:
@@ -155,7 +157,7 @@ def _run(model: Any, caches: list[Any], tokens: Tokens) -> mx.array:
     return logits
 
 
-def _off(got: mx.array, expected: mx.array) -> float:
+def off(got: mx.array, expected: mx.array) -> float:
     """Return how far logits are off, in units of what rounding may do; NaN if one is not finite that should be.
 
     Measured as root mean squares over the logits' spread. In bfloat16 the rounding of thirty layers comes to 0.06, an

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from worker.radix import Node
 from worker.sampling import Sampler
 from worker.sequence import Finished, Prompt, Tokens
 from worker.tokenizer import Detokenizer, StopMatcher
+
+if TYPE_CHECKING:
+    from worker.vision import View
 
 
 class Answer:
@@ -51,6 +54,7 @@ class Row:
         prefix_tokens: how many leading tokens lie in the tree; the rest of its KV is in its tail.
         computed_tokens: prompt tokens whose computation this row caused.
         company: with how many rows it may run, itself counted; None until it fails.
+        view: how it sees its pictures, from its first call of the model on.
     """
 
     id: str
@@ -64,6 +68,7 @@ class Row:
     finish_reason: FinishReason | None = None
     aborted: bool = False
     company: int | None = None
+    view: View | None = None
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
 

@@ -91,7 +91,7 @@ class Running:
             if not _alike(other.prompt.tokens, row.prompt.tokens, found_tokens, least_tokens):
                 continue
             held = other.tokens(other.prefix_tokens + self.batch.lengths[index])
-            if (common := common_prefix(held, row.cacheable)) > shared:
+            if (common := row.prompt.whole(common_prefix(held, row.cacheable))) > shared:
                 best, shared = index, common
         return best >= 0 and self._share(self.rows[best], self.batch, best, shared, beside=self.demand(joining))
 

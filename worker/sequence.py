@@ -14,25 +14,51 @@ Tokens = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture of a prompt: the tokens [start, stop) stand for it.
+
+    Attributes:
+        digest: 64 hexadecimal digits that name its content.
+        ids: int32 [stop - start], what the model is fed there.
+        grid: its patches in time, height and width, for models whose positions follow them; else empty.
+        data: the picture as PNG; None until the worker has fetched it.
+    """
+
+    start: int
+    stop: int
+    digest: str
+    ids: Tokens
+    grid: tuple[int, ...] = ()
+    data: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A job after prepare, ready to run.
 
     Attributes:
-        tokens: int32 [P], at least one, with the chat template and BOS applied.
+        tokens: int32 [P], at least one, with the chat template and BOS applied. Where a picture stands, keys made of
+            its content: two prompts agree there if and only if they show the same picture.
         sampling: with `max_tokens` set (never None here) and bounded by the context length, and a seed.
         branches: ascending depths (tokens) at which other known jobs leave this prompt: the KV up to there is
             wanted by somebody else too. Empty when nobody shares.
+        pictures: ascending and apart; the last token is in none.
     """
 
     tokens: Tokens
     sampling: Sampling
     branches: tuple[int, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     @property
     def max_tokens(self) -> int:
         """The longest answer it may get."""
         assert self.sampling.max_tokens is not None
         return self.sampling.max_tokens
+
+    def whole(self, depth: int) -> int:
+        """Return `depth`, or where the picture begins that it would cut in two: only a whole one is surely the same."""
+        return next((picture.start for picture in self.pictures if picture.start < depth < picture.stop), depth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +122,8 @@ class EngineStats:
     batch_rows_max: int = 0
     cohorts: int = 0
     decode_steps: int = 0
+    vision_runs: int = 0
+    vision_bytes: int = 0
     decoded_tokens: int = 0
     """Tokens generated so far; `completion_tokens` counts those of jobs that have ended."""
     prefill_s: float = 0.0

@@ -1,0 +1,129 @@
+"""Small random vision models with real processors, written as the hub has them, and pictures of any content."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.models import CHAT_TEMPLATE, parameters, random_weights, tiny_tokenizer
+from worker.processor import content_digest
+
+pytest.importorskip("mlx_vlm", reason="pip install 'radixq[vision]'")
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "idefics3")
+_QWEN_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))
+_SMOL_WORDS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES)
+_FIRST = 300  # the number of the first word that a family adds to the tiny tokenizer's
+_VOCAB = 320
+_PART = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}MARK{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": _VOCAB,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 298,
+}
+
+
+def _qwen(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    tower: dict[str, Any] = {"depth": 2, "hidden_size": 64, "num_heads": 4, "patch_size": 4, "spatial_patch_size": 4}
+    if family == "qwen2_vl":
+        tower |= {"embed_dim": 32, "mlp_ratio": 2}
+    else:
+        tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 16}
+        tower |= {"fullatt_block_indexes": [1]}
+    config = _TEXT | {
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "image_token_id": _FIRST,
+        "video_token_id": _FIRST + 1,
+        "vision_start_token_id": _FIRST + 2,
+        "vision_end_token_id": _FIRST + 3,
+        "vision_config": {"model_type": family, **tower},
+    }
+    processor = {"patch_size": 4, "min_pixels": 256, "max_pixels": 64 * 64}
+    return config, processor, _PART.replace("MARK", "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    tower = {"hidden_size": 32, "num_attention_heads": 4, "patch_size": 8, "num_hidden_layers": 2}
+    tower |= {"intermediate_size": 64, "image_size": 32, "model_type": "smolvlm_vision" if family == "smolvlm" else family}
+    config = {
+        "text_config": {"model_type": "llama", **_TEXT},
+        "vision_config": tower,
+        "image_token_id": _FIRST,
+        "image_token_index": _FIRST,
+        "scale_factor": 2,
+        "vocab_size": _VOCAB,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 298,
+    }
+    kind = "SmolVLMImageProcessor" if family == "smolvlm" else "Idefics3ImageProcessor"
+    processor = {
+        "image_processor_type": kind,
+        "size": {"longest_edge": 64},
+        "max_image_size": {"longest_edge": 32},
+        "do_image_splitting": True,
+    }
+    return config, processor, _PART.replace("MARK", "<image>")
+
+
+def save_tiny_vision(directory: Path, family: str = "qwen2_vl", *, seed: int = 0, template: str | None = None) -> Path:
+    """Write a random vision model with tokenizer and processor; return the directory."""
+    from mlx_vlm.utils import get_model_and_args, update_module_configs
+
+    directory.mkdir(parents=True, exist_ok=True)
+    config, processor, own = _qwen(family) if family.startswith("qwen") else _smol(family)
+    config |= {"model_type": family}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    (directory / "processor_config.json").write_text(json.dumps({"image_seq_len": 4}))
+    tokenizer = tiny_tokenizer(_QWEN_WORDS if family.startswith("qwen") else _SMOL_WORDS)
+    tokenizer._tokenizer.chat_template = own if template is None else template
+    tokenizer.save_pretrained(directory)
+    classes, _ = get_model_and_args(config)
+    config.setdefault("text_config", {})
+    described = classes.ModelConfig.from_dict(config)
+    described = update_module_configs(described, classes, config, ["text", "vision"])
+    weights = random_weights(classes.Model(described), seed)
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
+    return directory
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Make a picture of blocks: its parts differ from each other, and from those of another seed."""
+    rng = np.random.default_rng([seed, width, height])
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    """Encode a picture as the producer does."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def url(image: Image.Image) -> str:
+    """Return how a job names the picture."""
+    return f"sha256:{content_digest(image)}"
+
+
+__all__ = ["CHAT_TEMPLATE", "FAMILIES", "parameters", "picture", "png", "save_tiny_vision", "url"]
