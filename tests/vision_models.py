@@ -22,7 +22,6 @@ _QWEN_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_e
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))
 _SMOL_WORDS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES)
 _FIRST = 300  # the number of the first word that a family adds to the tiny tokenizer's
-_VOCAB = 320
 _PART = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -36,7 +35,6 @@ _TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
-    "vocab_size": _VOCAB,
     "max_position_embeddings": 4096,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
@@ -52,6 +50,7 @@ def _qwen(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
         tower |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 16}
         tower |= {"fullatt_block_indexes": [1]}
     config = _TEXT | {
+        "vocab_size": _FIRST + len(_QWEN_WORDS),
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
         "image_token_id": _FIRST,
         "video_token_id": _FIRST + 1,
@@ -66,13 +65,13 @@ def _qwen(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
 def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     tower = {"hidden_size": 32, "num_attention_heads": 4, "patch_size": 8, "num_hidden_layers": 2}
     tower |= {"intermediate_size": 64, "image_size": 32, "model_type": "smolvlm_vision" if family == "smolvlm" else family}
-    config = {
-        "text_config": {"model_type": "llama", **_TEXT},
+    vocab = {"vocab_size": _FIRST + len(_SMOL_WORDS)}
+    config = vocab | {
+        "text_config": {"model_type": "llama", **_TEXT, **vocab},
         "vision_config": tower,
         "image_token_id": _FIRST,
         "image_token_index": _FIRST,
         "scale_factor": 2,
-        "vocab_size": _VOCAB,
         "max_position_embeddings": 4096,
         "eos_token_id": 298,
     }

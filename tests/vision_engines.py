@@ -1,0 +1,129 @@
+"""An engine on a tiny vision model, and what mlx-vlm gives for one job alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.messages import GenerateJob
+from common.settings import Settings
+from tests.models import EOS
+from tests.vision_models import png, save_tiny_vision, url
+from worker import model, platform
+from worker.cache import Limits
+from worker.engine import Engine
+from worker.model import LoadedModel, LoadedTokenizer
+from worker.prepare import prepare
+from worker.processor import content_digest
+from worker.sequence import Event, Failed, Finished, Prompt
+
+Part = str | Image.Image
+SETTINGS = Settings.from_env({})
+
+
+@lru_cache(maxsize=8)
+def saved(family: str) -> Path:
+    """Return the directory of a tiny model, made once for this process."""
+    return save_tiny_vision(Path(tempfile.mkdtemp(prefix="radixq-test-")) / family, family)
+
+
+@lru_cache(maxsize=8)
+def _loaded(family: str) -> tuple[LoadedModel, LoadedTokenizer]:
+    path = str(saved(family))
+    return model.load(path, device=platform.device()), model.load_tokenizer(path)
+
+
+@lru_cache(maxsize=8)
+def _reference(family: str) -> tuple[Any, Any]:
+    import mlx_vlm
+
+    made: tuple[Any, Any] = mlx_vlm.load(str(saved(family)))
+    return made
+
+
+def ask(*parts: Part, system: str | None = None, **sampling: Any) -> GenerateJob:
+    """Make a job of one user message, with pictures where they stand."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": url(part)}}
+        for part in parts
+    ]
+    said: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if system is not None:
+        said.insert(0, {"role": "system", "content": system})
+    return GenerateJob.model_validate({"messages": said, "sampling": {"max_tokens": 12, **sampling}})
+
+
+@dataclass
+class Bench:
+    """One engine, and the pictures that its jobs may show."""
+
+    family: str
+    loaded: LoadedModel
+    reader: LoadedTokenizer
+    engine: Engine
+    stored: dict[str, bytes] = field(default_factory=dict)
+    ended: dict[str, Event] = field(default_factory=dict)
+
+    def prompt(self, *parts: Part, **options: Any) -> Prompt:
+        """Make a prompt as the scout and the worker do together."""
+        self.stored |= {content_digest(part): png(part) for part in parts if not isinstance(part, str)}
+        made = prepare(ask(*parts, **options), self.reader, SETTINGS, lambda digests: self.stored)
+        return replace(made, pictures=tuple(replace(p, data=self.stored[p.digest]) for p in made.pictures))
+
+    def run(self, prompts: dict[str, Prompt]) -> dict[str, list[int]]:
+        """Run prompts together; return their tokens."""
+        for job_id, prompt in prompts.items():
+            self.engine.add(job_id, prompt)
+        while self.engine.busy:
+            for event in self.engine.step():
+                assert isinstance(event, Finished | Failed)
+                self.ended[event.id] = event
+            self.engine.check()
+        return {i: list(e.tokens) for i in prompts if isinstance(e := self.ended[i], Finished)}
+
+    def alone(self, *parts: Part, system: str | None = None, max_tokens: int = 12) -> tuple[list[int], list[Any]]:
+        """Return mlx-vlm's own greedy tokens and log-probabilities for the job."""
+        from mlx_vlm.generate import generate_step
+        from mlx_vlm.utils import prepare_inputs
+
+        inner, processor = _reference(self.family)
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
+        said: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            said.insert(0, {"role": "system", "content": system})
+        text = processor.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        images = [part for part in parts if not isinstance(part, str)]
+        made = dict(prepare_inputs(processor, images=images or None, prompts=text))
+        given = made.pop("input_ids"), inner, made.pop("pixel_values", None), made.pop("attention_mask")
+        tokens, logprobs = [], []
+        for token, row in generate_step(*given, max_tokens=max_tokens, temperature=0.0, **made):
+            tokens.append(int(token))
+            logprobs.append(np.array(row).reshape(-1))
+            if tokens[-1] == EOS:
+                break
+        return tokens, logprobs
+
+
+def bench(family: str = "qwen2_vl", *, max_rows: int = 6, chunk_tokens: int = 32, kv_bytes: int = 1 << 30,
+          picture_bytes: int = 1 << 24, exact: bool = False) -> Bench:  # fmt: skip
+    """Build an engine on the family's tiny model."""
+    loaded, reader = _loaded(family)
+    limits = Limits(max_rows, chunk_tokens, kv_bytes, picture_bytes=picture_bytes)
+    return Bench(family, loaded, reader, Engine(loaded, limits, exact=exact))
+
+
+def same(ours: Sequence[int], theirs: Sequence[int], logprobs: Sequence[Any]) -> bool:
+    """Whether answers are equal, or part first at a tie of rounding."""
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        if a != b:
+            return float(logprobs[step][b] - logprobs[step][a]) <= 1e-4
+    return len(ours) == len(theirs)
