@@ -26,6 +26,7 @@ from worker.sequence import Event, Failed, Finished, Prompt
 
 Part = str | Image.Image
 SETTINGS = Settings.from_env({})
+_ALONE: dict[tuple[Any, ...], tuple[list[int], list[Any]]] = {}
 
 
 @lru_cache(maxsize=8)
@@ -90,16 +91,20 @@ class Bench:
             self.engine.check()
         return {i: list(e.tokens) for i in prompts if isinstance(e := self.ended[i], Finished)}
 
-    def alone(self, *parts: Part, system: str | None = None, max_tokens: int = 12) -> tuple[list[int], list[Any]]:
+    def alone(self, *parts: Part, max_tokens: int = 12) -> tuple[list[int], list[Any]]:
         """Return mlx-vlm's own greedy tokens and log-probabilities for the job."""
+        key = (self.family, max_tokens, *(part if isinstance(part, str) else url(part) for part in parts))
+        if key not in _ALONE:
+            _ALONE[key] = self._alone(parts, max_tokens)
+        return _ALONE[key]
+
+    def _alone(self, parts: Sequence[Part], max_tokens: int) -> tuple[list[int], list[Any]]:
         from mlx_vlm.generate import generate_step
         from mlx_vlm.utils import prepare_inputs
 
         inner, processor = _reference(self.family)
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
-        said: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if system is not None:
-            said.insert(0, {"role": "system", "content": system})
+        said = [{"role": "user", "content": content}]
         text = processor.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         images = [part for part in parts if not isinstance(part, str)]
         made = dict(prepare_inputs(processor, images=images or None, prompts=text))

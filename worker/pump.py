@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import wait
 from queue import SimpleQueue
@@ -29,6 +29,8 @@ from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
 from worker.orphans import Orphans
 from worker.outage import explain
+from worker.pictures import fetch
+from worker.recent import Recent
 from worker.reject import without_rejects
 from worker.sequence import Died, Event, Finished, Ready
 from worker.suspects import RECORD_TOKENS, may_join
@@ -45,6 +47,7 @@ TICK_S = 0.05
 POLL_S = 0.5  # cancelled jobs, `rq suspend`
 BEAT_S = 10.0  # well inside the lease
 BACKOFF_S = 5.0
+PICTURE_BYTES = 64 << 20  # of pictures kept for the next jobs that show them
 BATCH = 16  # jobs started, and results written, between two looks at the engine
 
 _log = logger("worker.pump")
@@ -69,6 +72,7 @@ class Pump:
         self._orphans = Orphans(worker.connection, worker.queues, settings)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
+        self._pictures: Recent[bytes] = Recent(PICTURE_BYTES)
         self._stops: SimpleQueue[str] = SimpleQueue()
         self._ready = self._suspended = self._stopping = self._hurry = self._crashed = False
         self._alone, self._decoded_before = "", 0
@@ -229,11 +233,23 @@ class Pump:
         if not batch:
             return
         try:
-            taken = self._drain.take(self._accepted(batch), self._outbox.model)
+            accepted = self._accepted(batch)
+            stored = self._fetch(accepted)
+            taken = self._drain.take(accepted, self._outbox.model)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
         for candidate, flight in taken:
-            self._launch(candidate, flight)
+            self._launch(candidate, flight, stored)
+
+    def _fetch(self, batch: Sequence[Candidate]) -> dict[str, bytes]:
+        """Return the pictures of jobs that are about to start; one that is gone fails its job when it is needed."""
+        prompts = [candidate.prompt for candidate in batch if candidate.prompt]
+        wanted = {picture.digest for prompt in prompts for picture in prompt.pictures}
+        held = {digest: data for digest in wanted if (data := self._pictures.get(digest)) is not None}
+        new = fetch(self._worker.connection, wanted - held.keys()) if wanted - held.keys() else {}
+        for digest, data in new.items():
+            self._pictures.put(digest, data, len(data))
+        return held | new
 
     def _due(self, max_jobs: int | None) -> list[Candidate]:
         """Choose from the offers what is to leave its queue now.
@@ -274,14 +290,14 @@ class Pump:
         """Whether there is more to do with Redis at once."""
         return not self._away_s and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
 
-    def _launch(self, candidate: Candidate, flight: Flight) -> None:
+    def _launch(self, candidate: Candidate, flight: Flight, stored: Mapping[str, bytes]) -> None:
         self.flights[flight.id] = flight
         self._active_at = time.monotonic()
         self.started += 1
         if candidate.prompt is None:
             self._outbox.put(flight, refused(candidate.refusal))
         else:
-            self._runner.submit(flight.id, candidate.prompt)
+            self._runner.submit(flight.id, candidate.prompt.showing(stored))
 
     def _deliver(self) -> None:
         for flight in itertools.islice(self._outbox.flush(), BATCH):

@@ -229,11 +229,11 @@ class _Child:
             self._listen()
             try:
                 self._read()
+                self._window.prepare(_SLICE_S)
             except redis.RedisError as error:
                 if not is_outage(error):
                     raise BrokerUnavailable(f"Redis cannot be used: {error}") from error
                 self._back_off(error)
-            self._window.prepare(_SLICE_S)
             self._window.expire()
             offers = self._window.offer(self._want)
             if offers:

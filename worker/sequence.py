@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,12 @@ class Prompt:
         """The longest answer it may get."""
         assert self.sampling.max_tokens is not None
         return self.sampling.max_tokens
+
+    def showing(self, stored: Mapping[str, bytes]) -> Prompt:
+        """Return the prompt with the data of its pictures, as far as they are there."""
+        if not self.pictures:
+            return self
+        return replace(self, pictures=tuple(replace(p, data=stored.get(p.digest)) for p in self.pictures))
 
     def whole(self, depth: int) -> int:
         """Return `depth`, or where the picture begins that it would cut in two: only a whole one is surely the same."""

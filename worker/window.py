@@ -10,10 +10,11 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
@@ -23,11 +24,12 @@ from rq.queue import Queue
 
 from common import keys
 from common.errors import Expired, InvalidRequest
-from common.messages import Failure, Sampling
+from common.messages import Failure
 from common.settings import Settings
 from worker.group import Plan, Waiting
 from worker.job import EXPIRED
 from worker.neighbours import Neighbourhood
+from worker.pictures import fetch
 from worker.prepare import prepare, read_job, seeded, too_large
 from worker.reject import is_id, to_text
 from worker.sequence import Prompt
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 CLIENT_NAME: Final = "radixq-scout"
 SOCKET_S: Final = 5.0
 _LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the time
+_NONE: Final = np.empty(0, np.int32)
 _SLICE_JOBS: Final = 64
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
 
@@ -93,8 +96,8 @@ class Window:
         self._unread: deque[tuple[str, int]] = deque()
         self._raw: deque[tuple[str, bytes]] = deque()
         self._raw_bytes = 0
-        self._sampling: dict[str, Sampling] = {}
-        self._stop_bytes = 0
+        self._prompts: dict[str, Prompt] = {}  # without their tokens, which the plan has
+        self._prompt_bytes = 0
         self._refused: dict[str, Failure] = {}
         self._expires: dict[str, float] = {}  # seconds since the epoch, of known jobs that do
         self._expiring: list[tuple[float, str]] = []  # a heap of the same, which may hold jobs that left
@@ -179,10 +182,11 @@ class Window:
         """Plan or refuse fetched jobs until the time is over; at least one."""
         until = time.monotonic() + for_s
         while self._raw:
-            job_id, data = self._raw.popleft()
-            self._raw_bytes -= len(data)
+            job_id, data = self._raw[0]
             if job_id in self._home and job_id not in self._plan:
                 self._prepare(job_id, data)
+            self._raw.popleft()  # only now: pictures are fetched, and Redis may be away
+            self._raw_bytes -= len(data)
             if time.monotonic() >= until:
                 return
 
@@ -193,8 +197,8 @@ class Window:
             at, job_id = heapq.heappop(self._expiring)
             if self._expires.get(job_id) == at and job_id not in self._offered:
                 self._plan.remove([job_id])
-                if job_id in self._sampling:
-                    self._pop_sampling(job_id)
+                if job_id in self._prompts:
+                    self._pop_prompt(job_id)
                 self._refused[job_id] = Failure(code=Expired.code, message=EXPIRED)
 
     def offer(self, want: int) -> list[Candidate]:
@@ -204,7 +208,7 @@ class Window:
         offers = [self._candidate(job_id, refusal=self._refused.pop(job_id)) for job_id in refused]
         more = bool(self._unread or self._raw) or sum(self._ends[::3]) > self._settings.window_jobs
         for choice in self._plan.next(room, more=more):
-            prompt = Prompt(choice.tokens, self._pop_sampling(choice.id), choice.branches)
+            prompt = replace(self._pop_prompt(choice.id), tokens=choice.tokens, branches=choice.branches)
             offers.append(self._candidate(choice.id, prompt))
         self._offered.update(candidate.job_id for candidate in offers)
         return offers
@@ -248,14 +252,17 @@ class Window:
                 heapq.heappush(self._expiring, (job.expires_s, job_id))
             if job is None or not (job.model is None or keys.model_queue(job.model) in self._names):
                 return
-            prompt = prepare(job, self._loaded, self._settings)
+            prompt = prepare(job, self._loaded, self._settings, self._pictures)
         except InvalidRequest as error:
             self._refuse(job_id, error)
         else:
-            self._sampling[job_id] = seeded(prompt.sampling, job_id)
-            self._stop_bytes += _stop_bytes(prompt.sampling)
+            self._prompts[job_id] = replace(prompt, tokens=_NONE, sampling=seeded(prompt.sampling, job_id))
+            self._prompt_bytes += _num_bytes(prompt)
             place = 0 if job_id in self._suspects else 1 + self._home[job_id]
             self._plan.add([Waiting(job_id, prompt.tokens, place)])
+
+    def _pictures(self, digests: Collection[str]) -> dict[str, bytes]:
+        return fetch(self._redis, digests)
 
     def _refuse(self, job_id: str, error: InvalidRequest) -> None:
         self._refused[job_id] = Failure(code=error.code, message=str(error))
@@ -264,24 +271,24 @@ class Window:
         self._plan.remove(job_ids)
         for job_id in job_ids:
             self._home.pop(job_id, None)
-            if job_id in self._sampling:
-                self._pop_sampling(job_id)
+            if job_id in self._prompts:
+                self._pop_prompt(job_id)
             self._refused.pop(job_id, None)
             self._expires.pop(job_id, None)
 
-    def _pop_sampling(self, job_id: str) -> Sampling:
-        sampling = self._sampling.pop(job_id)
-        self._stop_bytes -= _stop_bytes(sampling)
-        return sampling
+    def _pop_prompt(self, job_id: str) -> Prompt:
+        prompt = self._prompts.pop(job_id)
+        self._prompt_bytes -= _num_bytes(prompt)
+        return prompt
 
     def _has_room(self) -> bool:
-        held = self._plan.num_bytes + self._raw_bytes + self._stop_bytes
+        held = self._plan.num_bytes + self._raw_bytes + self._prompt_bytes
         return held < self._settings.window_bytes or not len(self._plan)
 
 
-def _stop_bytes(sampling: Sampling) -> int:
+def _num_bytes(prompt: Prompt) -> int:
     """Return the size of what a job may bring along besides its tokens."""
-    return sum(map(len, sampling.stop))
+    return sum(map(len, prompt.sampling.stop)) + sum(picture.ids.nbytes for picture in prompt.pictures)
 
 
 def connect(redis_url: str) -> redis.Redis:
