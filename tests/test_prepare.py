@@ -129,7 +129,7 @@ def test_a_prompt_without_tokens_is_refused(loaded: LoadedTokenizer) -> None:
 def test_a_picture_is_refused_with_the_way_to_serve_it(loaded: LoadedTokenizer) -> None:
     picture = {"type": "image_url", "image_url": {"url": "sha256:" + "0a" * 32}}
     job = GenerateJob.model_validate({"messages": [{"role": "user", "content": [picture]}]})
-    with pytest.raises(Unsupported, match=r"tiny reads text only.*radixq\[vision\]"):
+    with pytest.raises(Unsupported, match=r"tiny takes none here: it reads text only.*radixq\[vision\]"):
         prepare(job, loaded, SETTINGS)
 
 

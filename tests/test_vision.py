@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_sixty_four_questions_on_one_picture_see_it_and_compute_it_once() -> Non
 
 def test_pictures_of_one_size_never_meet() -> None:
     engine = bench()
-    jobs = {f"{seed}": (picture(24, 24, seed), "what is this?") for seed in range(6)}
+    jobs: dict[str, tuple[Part, ...]] = {f"{seed}": (picture(24, 24, seed), "what is this?") for seed in range(6)}
     got = engine.run({name: engine.prompt(*parts) for name, parts in jobs.items()})
     compare(engine, jobs, got)
     assert len({tuple(tokens) for tokens in got.values()}) == 6
@@ -185,9 +186,11 @@ def test_keys_are_31_bits_of_the_digest_each_and_never_a_token() -> None:
     made = keys(digest, 20)
     assert made.dtype == np.int32
     assert (made < 0).all()
-    assert made[:8].tolist() == made[8:16].tolist() == [
-        -1 - (int(digest[at : at + 8], 16) & 0x7FFFFFFF) for at in range(0, 64, 8)
-    ]
+    assert (
+        made[:8].tolist()
+        == made[8:16].tolist()
+        == [-1 - (int(digest[at : at + 8], 16) & 0x7FFFFFFF) for at in range(0, 64, 8)]
+    )
 
 
 # -- what fails --------------------------------------------------------------------------------------------------------
@@ -292,6 +295,6 @@ def test_a_shorter_match_lies_on_the_same_way() -> None:
     from worker.cache import _cut
 
     for length in range(1, found.length + 1):
-        cut: Match[object] = _cut(found, length)
+        cut: Match[Any] = _cut(found, length)
         assert cut.length == length
         assert cut.node.start < length <= cut.node.end

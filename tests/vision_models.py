@@ -63,8 +63,12 @@ def _qwen(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
 
 
 def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
-    tower = {"hidden_size": 32, "num_attention_heads": 4, "patch_size": 8, "num_hidden_layers": 2}
-    tower |= {"intermediate_size": 64, "image_size": 32, "model_type": "smolvlm_vision" if family == "smolvlm" else family}
+    tower: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "patch_size": 8, "num_hidden_layers": 2}
+    tower |= {
+        "intermediate_size": 64,
+        "image_size": 32,
+        "model_type": "smolvlm_vision" if family == "smolvlm" else family,
+    }
     vocab = {"vocab_size": _FIRST + len(_SMOL_WORDS)}
     config = vocab | {
         "text_config": {"model_type": "llama", **_TEXT, **vocab},

@@ -30,7 +30,7 @@ from worker.row import Answer, Row
 from worker.running import Running
 from worker.sampling import Sampler, sample
 from worker.sequence import EngineStats, Event, Failed, Prompt, Tokens
-from worker.vision import Inputs, Sight
+from worker.vision import Inputs, Sight, VisionModel
 
 FULL = 0.9  # of the rows: from here on there is one chunk of prefill between two decode steps
 BURST_CHUNKS, BURST_S = 8, 0.25  # below it, at most so many, or for so long
@@ -50,8 +50,9 @@ class Engine:
         self.cache = PrefixCache(loaded, limits, exact=exact, reuse=reuse)
         self._loaded, self._limits = loaded, limits
         self._model: Any = loaded.model
-        sees = loaded.processor is not None and reuse == "shared"
-        self._sight = Sight(loaded.model, loaded.processor, limits.picture_bytes) if sees else None
+        self._sight: Sight | None = None
+        if isinstance(loaded.model, VisionModel) and loaded.processor is not None and reuse == "shared":
+            self._sight = Sight(loaded.model, loaded.processor, limits.picture_bytes)
         self._running = Running(self.cache)
         self._intake = Intake(self.cache, limits.max_rows)
         self._fill: Fill | None = None

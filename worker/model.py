@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -37,6 +37,7 @@ _MAX_REASON = 300  # characters of a library's message: one that lists all weigh
 # What mlx-lm and transformers raise for a file that is broken or not what they expect. SystemExit comes from importing
 # mlx-lm's olmo without a package that it needs; in a thread it would end the thread without a word.
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
+M = TypeVar("M", bound=Module)
 _TEXT_ONLY = "it reads text only"
 
 log = logger("worker.model")
@@ -126,9 +127,7 @@ def _with_pictures(
     return model, notes
 
 
-def _evaluated(
-    model: Module, native: mx.Dtype | None, dtype: str | None, device: DeviceInfo
-) -> tuple[Module, tuple[str, ...]]:
+def _evaluated(model: M, native: mx.Dtype | None, dtype: str | None, device: DeviceInfo) -> tuple[M, tuple[str, ...]]:
     """Bring a model's weights to their type and into memory."""
     target, notes = _choose_dtype(model, dtype, device)
     _convert(model, target, native)

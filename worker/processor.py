@@ -97,7 +97,9 @@ class Processor:
         """
         ids, inputs = self.pixels(digest, data)
         if len(ids) < LEAST_TOKENS:
-            raise Unsupported(f"{self._name} makes only {len(ids)} tokens of the picture {digest[:12]}; send a larger one")
+            raise Unsupported(
+                f"{self._name} makes only {len(ids)} tokens of the picture {digest[:12]}; send a larger one"
+            )
         grid = inputs.get("image_grid_thw")
         made = Layout(ids, () if grid is None else tuple(int(n) for n in np.array(grid).reshape(-1)))
         self._layouts.put(digest, made, ids.nbytes)

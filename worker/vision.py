@@ -40,7 +40,7 @@ class VisionModel(Module):
     """
 
     def __init__(self, inner: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inner = inner
         self._in_space = hasattr(inner.language_model, "get_rope_index")
 
@@ -57,7 +57,9 @@ class VisionModel(Module):
     def make_cache(self) -> list[Any]:
         """Return caches for one row: the model's own kinds, else plain ones."""
         language = self.inner.language_model
-        return list(language.make_cache()) if hasattr(language, "make_cache") else [KVCache() for _ in self.layers]
+        if hasattr(language, "make_cache"):
+            return list(language.make_cache())
+        return [KVCache() for _ in self.layers]  # type: ignore[no-untyped-call]
 
     def embed(self, ids: mx.array) -> mx.array:
         """Return the embeddings of text, [B, L, D]."""
@@ -172,12 +174,13 @@ class Sight:
         self._features.put(picture.digest, feature, feature.nbytes)
         return feature
 
-
     def pixels(self, picture: Picture) -> Inputs:
         """Return what the model takes of a picture beside its tokens."""
         ids, inputs = self._processor.pixels(picture.digest, picture.data)
         if not np.array_equal(ids, picture.ids):
-            raise InternalError(f"the picture {picture.digest[:12]} has {len(ids)} tokens here, {len(picture.ids)} there")
+            raise InternalError(
+                f"the picture {picture.digest[:12]} has {len(ids)} tokens here, {len(picture.ids)} there"
+            )
         return inputs
 
 
@@ -243,5 +246,4 @@ def _at_once(model: VisionModel, sight: Sight, picture: Picture, tokens: Tokens)
     ids = tokens.copy()
     ids[picture.start : picture.stop] = picture.ids
     inputs = sight.pixels(picture)
-    logits = model.inner(mx.array(ids)[None], cache=make_prompt_cache(model), **inputs).logits[:, -1]
-    return logits  # type: ignore[no-any-return]
+    return model.inner(mx.array(ids)[None], cache=make_prompt_cache(model), **inputs).logits[:, -1]  # type: ignore[no-any-return]
