@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,13 +14,14 @@ from PIL import Image
 pytest.importorskip("mlx_vlm", reason="radixq[vision] is not installed")
 
 from common.errors import RadixqError, Unsupported
+from common.pictures import digest as digest_of
 from tests.engines import alone as text_alone
 from tests.engines import bench as text_bench
 from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, same, saved
-from tests.vision_models import FAMILIES, picture, png
+from tests.vision_models import FAMILIES, digest, picture, png
 from worker import model, platform
 from worker.prepare import prepare
-from worker.processor import content_digest, keys
+from worker.processor import keys
 from worker.radix import Match
 from worker.recent import Recent
 from worker.sequence import Failed, Prompt
@@ -145,8 +145,8 @@ def twins() -> tuple[Image.Image, Image.Image]:
         return (base ^ np.resize(np.frombuffer(number.to_bytes(4, "big"), np.uint8), base.shape)).reshape(16, 16, 3)
 
     for number in range(1_000_000):
-        digest = hashlib.sha256(b"RGB 16x16\n" + pixels(number).tobytes()).hexdigest()
-        first = int(digest[:8], 16) & 0x7FFFFFFF
+        name = digest_of(16, 16, pixels(number).tobytes())
+        first = int(name[:8], 16) & 0x7FFFFFFF
         if first in seen:
             return Image.fromarray(pixels(seen[first])), Image.fromarray(pixels(number))
         seen[first] = number
@@ -182,14 +182,14 @@ def test_nothing_is_found_up_to_the_middle_of_a_picture() -> None:
 
 
 def test_keys_are_31_bits_of_the_digest_each_and_never_a_token() -> None:
-    digest = content_digest(CAT)
-    made = keys(digest, 20)
+    name = digest(CAT)
+    made = keys(name, 20)
     assert made.dtype == np.int32
     assert (made < 0).all()
     assert (
         made[:8].tolist()
         == made[8:16].tolist()
-        == [-1 - (int(digest[at : at + 8], 16) & 0x7FFFFFFF) for at in range(0, 64, 8)]
+        == [-1 - (int(name[at : at + 8], 16) & 0x7FFFFFFF) for at in range(0, 64, 8)]
     )
 
 
@@ -216,8 +216,8 @@ def test_a_picture_that_is_gone_or_another_one_fails_its_jobs_alone() -> None:
     got = engine.run({"good": engine.prompt(*jobs["good"]), **bad, "text": engine.prompt(*jobs["text"])})
     compare(engine, jobs, got)
     assert {name: failed(engine, name).code for name in bad} == dict.fromkeys(bad, "image_unreadable")
-    assert "no longer in Redis" in str(failed(engine, "gone"))
-    assert "another one" in str(failed(engine, "swapped"))
+    assert "is not in Redis" in str(failed(engine, "gone"))
+    assert "other pixels" in str(failed(engine, "swapped"))
 
 
 def test_a_model_that_keeps_more_than_plain_kv_refuses_pictures_by_a_sentence() -> None:

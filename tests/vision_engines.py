@@ -15,13 +15,12 @@ from PIL import Image
 from common.messages import GenerateJob
 from common.settings import Settings
 from tests.models import EOS
-from tests.vision_models import png, save_tiny_vision, url
+from tests.vision_models import digest, png, save_tiny_vision, url
 from worker import model, platform
 from worker.cache import Limits
 from worker.engine import Engine
 from worker.model import LoadedModel, LoadedTokenizer
 from worker.prepare import prepare
-from worker.processor import content_digest
 from worker.sequence import Event, Failed, Finished, Prompt
 
 Part = str | Image.Image
@@ -76,8 +75,8 @@ class Bench:
 
     def prompt(self, *parts: Part, **options: Any) -> Prompt:
         """Make a prompt as the scout and the worker do together."""
-        self.stored |= {content_digest(part): png(part) for part in parts if not isinstance(part, str)}
-        made = prepare(ask(*parts, **options), self.reader, SETTINGS, lambda digests: self.stored)
+        self.stored |= {digest(part): png(part) for part in parts if not isinstance(part, str)}
+        made = prepare(ask(*parts, **options), self.reader, SETTINGS, self.stored.get)
         return replace(made, pictures=tuple(replace(p, data=self.stored[p.digest]) for p in made.pictures))
 
     def run(self, prompts: dict[str, Prompt]) -> dict[str, list[int]]:

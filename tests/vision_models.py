@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.models import CHAT_TEMPLATE, parameters, random_weights, tiny_tokenizer
-from worker.processor import content_digest
+from common import pictures
+from tests.models import random_weights, tiny_tokenizer
 
 pytest.importorskip("mlx_vlm", reason="pip install 'radixq[vision]'")
 
@@ -124,9 +124,11 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def digest(image: Image.Image) -> str:
+    """Return the digest of an RGB picture."""
+    return pictures.digest(*image.size, image.tobytes())
+
+
 def url(image: Image.Image) -> str:
     """Return how a job names the picture."""
-    return f"sha256:{content_digest(image)}"
-
-
-__all__ = ["CHAT_TEMPLATE", "FAMILIES", "parameters", "picture", "png", "save_tiny_vision", "url"]
+    return f"sha256:{digest(image)}"

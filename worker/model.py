@@ -80,14 +80,16 @@ class LoadedModel:
     processor: Processor | None = field(default=None, repr=False)  # if it takes pictures, and `model` a VisionModel
 
 
-def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> LoadedModel:
+def load(
+    path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, max_image_pixels: int = processor.MAX_PIXELS
+) -> LoadedModel:
     """Load weights and tokenizer of a directory, a hub id or a `.gguf` file, and run one token through them.
 
     `dtype` is float32, float16, bfloat16 (weights are unpacked to it) or stored; None takes float32 on the CPU, unless
     that needs more than half of the memory, and stored on Metal.
     """
     path, name = _find(path_or_id)
-    read = _read_tokenizer(path, name)
+    read = _read_tokenizer(path, name, max_image_pixels)
     model, notes = _with_pictures(path, read, dtype, device) if read.processor else (None, ())
     seeing = model is not None
     if model is None:
@@ -108,9 +110,9 @@ def load(path_or_id: str, *, dtype: str | None = None, device: DeviceInfo) -> Lo
     )
 
 
-def load_tokenizer(path_or_id: str) -> LoadedTokenizer:
+def load_tokenizer(path_or_id: str, *, max_image_pixels: int = processor.MAX_PIXELS) -> LoadedTokenizer:
     """Load the tokenizer alone, the same as `load` does, without reading weights."""
-    return _read_tokenizer(*_find(path_or_id))
+    return _read_tokenizer(*_find(path_or_id), max_image_pixels)
 
 
 def _with_pictures(
@@ -208,7 +210,7 @@ def _brief(error: BaseException) -> str:
 # -- tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def _read_tokenizer(path: Path, name: str) -> LoadedTokenizer:
+def _read_tokenizer(path: Path, name: str, max_image_pixels: int) -> LoadedTokenizer:
     if path.is_file():
         header = gguf.read_header(path)
         config, tokenizer = gguf.load_config(header, path), gguf.load_tokenizer(header, path)
@@ -221,17 +223,17 @@ def _read_tokenizer(path: Path, name: str) -> LoadedTokenizer:
             + ("" if path.is_file() else ", or add chat_template.jinja")
         )
     length, ends = _context_length(config, path), frozenset(tokenizer.eos_token_ids)
-    return LoadedTokenizer(tokenizer, name, length, ends, *_read_processor(path, config, name))
+    return LoadedTokenizer(tokenizer, name, length, ends, *_read_processor(path, config, name, max_image_pixels))
 
 
-def _read_processor(path: Path, config: dict[str, Any], name: str) -> tuple[Processor | None, str]:
+def _read_processor(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> tuple[Processor | None, str]:
     """Return the processor of pictures, or None and why there is none."""
     if path.is_file() or not processor.has_tower(config):
         return None, _TEXT_ONLY
     if not processor.installed():
         return None, f"the worker lacks the part that reads pictures; install it there: {processor.INSTALL}"
     try:
-        return processor.load(path, config, name), ""
+        return processor.load(path, config, name, max_pixels), ""
     except ModelNotLoaded as error:
         return None, str(error)
 

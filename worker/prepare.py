@@ -12,9 +12,8 @@ message, becomes that token, as in mlx-lm; a producer whose users may write such
 from __future__ import annotations
 
 import json
-import re
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +41,13 @@ _RESERVED = frozenset({
 # What a template or a tokenizer raises over content that it did not expect.
 _UNRENDERABLE = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _MAX_NAME = 80  # characters of a foreign name that a message quotes
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
-Fetch = Callable[[Collection[str]], Mapping[str, bytes]]
-"""Gets the stored pictures of these digests; those that are gone are left out."""
+Fetch = Callable[[str], bytes | None]
+"""Gets the stored picture of a digest, or None if it is gone."""
+
+
+def _nothing(_: str) -> None:
+    """Get no picture."""
 
 
 def read_job(data: bytes, *, max_bytes: int) -> GenerateJob | None:
@@ -76,7 +78,7 @@ def too_large(num_bytes: int, max_bytes: int) -> InvalidRequest:
     )
 
 
-def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings, fetch: Fetch | None = None) -> Prompt:
+def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings, fetch: Fetch = _nothing) -> Prompt:
     """Return the job's tokens and how to continue them. `fetch` is asked only for pictures never seen before.
 
     `max_tokens` is the job's, else the setting's, but never more than the context has left, which is at least one.
@@ -87,12 +89,11 @@ def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings, fetch
         Unsupported: the job has a picture, and the worker or its model takes none, or not this one.
         ImageUnreadable: a picture is gone, or is none.
     """
-    digests = _digests(job, loaded)
+    _check_pictures(job, loaded)
     tokens = _encode(job.prompt, loaded) if job.prompt is not None else _render(job, loaded, settings)
     pictures: tuple[Picture, ...] = ()
-    if digests:
-        assert loaded.processor is not None
-        tokens, pictures = _placed(tokens, digests, loaded.processor, fetch)
+    if loaded.processor is not None and job.digests:
+        tokens, pictures = _placed(tokens, job.digests, loaded.processor, fetch)
     if not tokens.size:
         raise InvalidRequest("the prompt has no tokens", field="prompt" if job.prompt is not None else "messages")
     left = loaded.context_length - tokens.size
@@ -198,9 +199,7 @@ def _kind(value: object) -> str:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def _digests(job: GenerateJob, loaded: LoadedTokenizer) -> list[str]:
-    """Return the digests of the job's pictures in their order."""
-    found: list[str] = []
+def _check_pictures(job: GenerateJob, loaded: LoadedTokenizer) -> None:
     for index, message in enumerate(job.messages or ()):
         if message.num_images and loaded.processor is None:
             raise Unsupported(
@@ -209,29 +208,15 @@ def _digests(job: GenerateJob, loaded: LoadedTokenizer) -> list[str]:
                 field="messages",
             )
         for part in () if isinstance(message.content, str) else message.content:
-            if isinstance(part, ImagePart):
-                found.append(_digest(part, index))
-    return found
-
-
-def _digest(part: ImagePart, index: int) -> str:
-    named = _DIGEST.fullmatch(part.image_url.url)
-    if named is None:
-        raise InvalidRequest(
-            f"messages[{index}]: a picture must be in Redis, its url sha256: and its digest; submit it with radixq, "
-            "which stores it there",
-            field="messages",
-        )
-    if part.image_url.detail != "auto":
-        raise Unsupported(
-            f"messages[{index}]: this worker sees every picture at the size that its model chooses; leave out detail",
-            field="messages",
-        )
-    return named[1]
+            if isinstance(part, ImagePart) and part.image_url.detail != "auto":
+                raise Unsupported(
+                    f"messages[{index}]: detail must be auto; a model sees each picture at the size that it chooses",
+                    field="messages",
+                )
 
 
 def _placed(
-    tokens: Tokens, digests: list[str], processor: Processor, fetch: Fetch | None
+    tokens: Tokens, digests: Sequence[str], processor: Processor, fetch: Fetch
 ) -> tuple[Tokens, tuple[Picture, ...]]:
     """Put the pictures into a rendered prompt."""
     places = int(np.count_nonzero(tokens == processor.placeholder))
@@ -241,11 +226,8 @@ def _placed(
             "own marks of pictures out of the text",
             field="messages",
         )
-    known = {digest: layout for digest in digests if (layout := processor.known(digest)) is not None}
-    missing = [digest for digest in dict.fromkeys(digests) if digest not in known]
-    stored = fetch(missing) if missing and fetch is not None else {}
-    known |= {digest: processor.layout(digest, stored.get(digest)) for digest in missing}
-    placed, pictures = place(tokens, digests, [known[digest] for digest in digests], processor.placeholder)
+    layouts = {digest: processor.layout(digest, fetch) for digest in dict.fromkeys(digests)}
+    placed, pictures = place(tokens, digests, [layouts[digest] for digest in digests], processor.placeholder)
     if pictures[-1].stop == len(placed):
         raise InvalidRequest("the prompt ends with a picture; let text follow it", field="messages")
     return placed, pictures

@@ -5,29 +5,28 @@ Used in two processes: where prompts are made, for the tokens that a picture tak
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from common.errors import ImageUnreadable, ModelNotLoaded, Unsupported
+from common.errors import ModelNotLoaded, Unsupported
+from worker.pictures import decode, missing
 from worker.recent import Recent
 from worker.sequence import Picture, Tokens
+
+MAX_PIXELS = 50_000_000
+"""Of a picture, unless the settings say another figure."""
 
 INSTALL = "pip install 'radixq[vision]'"
 LEAST_TOKENS = 4
 """A picture of fewer tokens is refused: its keys, 31 bits each, would not tell it surely from every other."""
 
 _LAYOUT_BYTES = 32 << 20
-_WORDS = 8  # of 32 bits in a digest
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What a processor raises over a picture that it does not take; nothing of ours runs in it.
 _REFUSED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError)
 
@@ -46,11 +45,6 @@ def keys(digest: str, count: int) -> Tokens:
     """Return what stands in a prompt's tokens for a picture: negative, 31 bits of the digest each, over and over."""
     words = np.frombuffer(bytes.fromhex(digest), ">u4")
     return np.resize(-1 - (words & 0x7FFFFFFF).astype(np.int64), count).astype(np.int32)
-
-
-def content_digest(image: Image.Image) -> str:
-    """Return the name of an RGB picture's content: equal for equal pixels, however they were encoded."""
-    return hashlib.sha256(b"RGB %dx%d\n" % image.size + image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +70,27 @@ class Processor:
         chat_template: the processor's own, or None where the tokenizer's serves.
     """
 
-    def __init__(self, processor: Any, name: str) -> None:
-        self._processor, self._name = processor, name
+    def __init__(self, processor: Any, name: str, max_pixels: int) -> None:
+        self._processor, self._name, self._max_pixels = processor, name, max_pixels
         self._text = str(getattr(processor, "image_token", None) or getattr(processor, "boi_token", ""))
         tokenizer = processor.tokenizer
         self.placeholder = int(tokenizer.convert_tokens_to_ids(self._text)) if self._text else -1
         self.chat_template: str | None = getattr(processor, "chat_template", None)
         self._layouts: Recent[Layout] = Recent(_LAYOUT_BYTES)
 
-    def known(self, digest: str) -> Layout | None:
-        """Return what a picture takes in a prompt, if it was seen lately."""
-        return self._layouts.get(digest)
-
-    def layout(self, digest: str, data: bytes | None) -> Layout:
-        """Find out what a picture takes in a prompt; once, while `known` has it.
+    def layout(self, digest: str, fetch: Callable[[str], bytes | None]) -> Layout:
+        """Return what a picture takes in a prompt; `fetch` gets its PNG where it was not seen lately.
 
         Raises:
-            ImageUnreadable: there is no data, or it is not the picture of that digest.
-            Unsupported: the processor refuses the picture, or makes too few tokens of it.
+            ImageUnreadable, ImageTooLarge: it is gone, or not a picture of that digest.
+            Unsupported: the processor refuses it, or makes too few tokens of it.
         """
-        ids, inputs = self.pixels(digest, data)
+        known = self._layouts.get(digest)
+        if known is not None:
+            return known
+        ids, inputs = self.pixels(digest, fetch(digest))
         if len(ids) < LEAST_TOKENS:
-            raise Unsupported(
-                f"{self._name} makes only {len(ids)} tokens of the picture {digest[:12]}; send a larger one"
-            )
+            raise Unsupported(f"{self._name} makes only {len(ids)} tokens of picture {digest[:12]}; send a larger one")
         grid = inputs.get("image_grid_thw")
         made = Layout(ids, () if grid is None else tuple(int(n) for n in np.array(grid).reshape(-1)))
         self._layouts.put(digest, made, ids.nbytes)
@@ -107,13 +98,15 @@ class Processor:
 
     def pixels(self, digest: str, data: bytes | None) -> Pixels:
         """Run the processor on a picture. Raises as `layout`."""
-        image = _open(digest, data)
+        if data is None:
+            raise missing(digest)
+        image = decode(digest, data, max_pixels=self._max_pixels)
         try:
             made = dict(self._processor(text=[self._text], images=[image], add_special_tokens=False))
             ids = np.array(made.pop("input_ids")).reshape(-1).astype(np.int32)
         except _REFUSED as error:
             raise Unsupported(
-                f"{self._name} cannot take the picture {digest[:12]} of {image.width} x {image.height} pixels: {error}"
+                f"{self._name} cannot take picture {digest[:12]} of {image.width} x {image.height} pixels: {error}"
             ) from error
         made.pop("attention_mask", None)
         return Pixels(ids, made)
@@ -133,7 +126,7 @@ def place(tokens: Tokens, digests: Iterable[str], layouts: Iterable[Layout], pla
     return np.concatenate([*pieces, tokens[begin:]]), tuple(pictures)
 
 
-def load(path: Path, config: dict[str, Any], name: str) -> Processor:
+def load(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> Processor:
     """Load the processor of a model directory.
 
     Raises:
@@ -144,19 +137,7 @@ def load(path: Path, config: dict[str, Any], name: str) -> Processor:
 
     try:
         get_model_and_args(config)  # whose import tells transformers which class to take
-        return Processor(load_processor(path, add_detokenizer=False), name)
+        return Processor(load_processor(path, add_detokenizer=False), name, max_pixels)
     except (*_REFUSED, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelNotLoaded(f"cannot load the picture processor of {path}: {reason}; download it again") from error
-
-
-def _open(digest: str, data: bytes | None) -> Image.Image:
-    if data is None:
-        raise ImageUnreadable(f"the picture {digest[:12]} is no longer in Redis; submit the job again")
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except _UNREADABLE as error:
-        raise ImageUnreadable(f"the picture {digest[:12]} in Redis cannot be read: {error}; submit it again") from error
-    if content_digest(image) != digest:
-        raise ImageUnreadable(f"the picture stored as {digest[:12]} is another one; submit the job again")
-    return image

@@ -246,7 +246,9 @@ class Pump:
         prompts = [candidate.prompt for candidate in batch if candidate.prompt]
         wanted = {picture.digest for prompt in prompts for picture in prompt.pictures}
         held = {digest: data for digest in wanted if (data := self._pictures.get(digest)) is not None}
-        new = fetch(self._worker.connection, wanted - held.keys()) if wanted - held.keys() else {}
+        missing = wanted - held.keys()
+        most = self._settings.max_image_pixels
+        new = fetch(self._worker.connection, missing, max_pixels=most) if missing else {}
         for digest, data in new.items():
             self._pictures.put(digest, data, len(data))
         return held | new

@@ -140,7 +140,9 @@ class Runner:
         if settings.model_path is None:
             raise ModelNotLoaded("no model: set MLX_MODEL_PATH to a directory, a hub id or a .gguf file")
         device = platform.device()
-        loaded = model.load(settings.model_path, dtype=settings.dtype, device=device)
+        loaded = model.load(
+            settings.model_path, dtype=settings.dtype, device=device, max_image_pixels=settings.max_image_pixels
+        )
         mx.set_cache_limit(_POOL_BYTES)
         budget = _kv_budget(settings, loaded, device.working_set_bytes, mx.get_active_memory())
         way = probe.reuse(loaded.model, loaded.context_length)

@@ -315,4 +315,4 @@ def _load(settings: Settings) -> LoadedTokenizer:
 
     if settings.model_path is None:
         raise ModelNotLoaded("MLX_MODEL_PATH is not set: give a directory, a .gguf file or a hub id")
-    return load_tokenizer(settings.model_path)
+    return load_tokenizer(settings.model_path, max_image_pixels=settings.max_image_pixels)

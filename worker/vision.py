@@ -20,10 +20,11 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from numpy.typing import NDArray
 from PIL import Image
 
+from common import pictures
 from common.errors import InternalError, Unsupported
 from common.messages import Sampling
 from worker.probe import off
-from worker.processor import Processor, content_digest, place
+from worker.processor import Processor, place
 from worker.recent import Recent
 from worker.sequence import Picture, Prompt, Tokens
 
@@ -216,13 +217,13 @@ def try_out(model: VisionModel, processor: Processor) -> None:
         Unsupported: the model takes more of a picture than embeddings and positions, or the results differ.
     """
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    digest, file = content_digest(image), io.BytesIO()
+    digest, file = pictures.digest(*image.size, image.tobytes()), io.BytesIO()
     image.save(file, "PNG")
-    layout = processor.layout(digest, file.getvalue())
+    layout = processor.layout(digest, lambda _: file.getvalue())
     begin = getattr(model.inner.config, "vision_start_token_id", 1)
     words = np.array([1, 2, begin, processor.placeholder, 3, 4, 5], np.int32)
-    tokens, pictures = place(words, [digest], [layout], processor.placeholder)
-    seen = replace(pictures[0], data=file.getvalue())
+    tokens, placed = place(words, [digest], [layout], processor.placeholder)
+    seen = replace(placed[0], data=file.getvalue())
     sight = Sight(model, processor, 0)
     ours = _in_pieces(model, sight, Prompt(tokens, Sampling(), pictures=(seen,)))
     theirs = _at_once(model, sight, seen, tokens)

@@ -10,7 +10,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -252,7 +252,7 @@ class Window:
                 heapq.heappush(self._expiring, (job.expires_s, job_id))
             if job is None or not (job.model is None or keys.model_queue(job.model) in self._names):
                 return
-            prompt = prepare(job, self._loaded, self._settings, self._pictures)
+            prompt = prepare(job, self._loaded, self._settings, self._picture)
         except InvalidRequest as error:
             self._refuse(job_id, error)
         else:
@@ -261,8 +261,9 @@ class Window:
             place = 0 if job_id in self._suspects else 1 + self._home[job_id]
             self._plan.add([Waiting(job_id, prompt.tokens, place)])
 
-    def _pictures(self, digests: Collection[str]) -> dict[str, bytes]:
-        return fetch(self._redis, digests)
+    def _picture(self, digest: str) -> bytes | None:
+        """Get one picture at a time, since they may be large."""
+        return fetch(self._redis, [digest], max_pixels=self._settings.max_image_pixels).get(digest)
 
     def _refuse(self, job_id: str, error: InvalidRequest) -> None:
         self._refused[job_id] = Failure(code=error.code, message=str(error))
