@@ -58,6 +58,22 @@ class Pipeline:
         ) or {}  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    """Run one worker with a tiny Qwen2-VL."""
+    pytest.importorskip("mlx_vlm", reason="radixq[vision] is not installed")
+    from tests.vision_models import save_tiny_vision
+
+    directory: Path = tmp_path_factory.mktemp("seeing")
+    model = save_tiny_vision(directory / "tiny-vl")
+    env = {"RADIXQ_WORKER_NAME": "eyes", "RADIXQ_MAX_ROWS": "16", "RADIXQ_HOME": str(directory / "home")}
+    with server.start(directory / "server", persistent=False) as running, Processes(directory) as processes:
+        worker = processes.rq_worker(running.url, model=model, env=env)
+        worker.wait_for_log("ready", within_s=600)
+        yield Pipeline(running.url, worker, "eyes", False)
+        assert worker.running, worker.log
+
+
 def _models() -> list[Any]:
     # Collected with the other tests, this comes after tests/conftest.py has put the name away; called alone, before.
     named = os.environ.get("RADIXQ_TEST_MODEL_PATH") or os.environ.get("MLX_MODEL_PATH")

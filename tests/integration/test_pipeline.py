@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from redis import Redis
 
 from common import keys
@@ -80,6 +82,52 @@ class TestFullPipelineIntegration:
             bad.result(timeout_s=300)
         assert caught.value.code == "context_length_exceeded"
         assert good.result(timeout_s=300).status == "finished"
+
+
+    def test_multimodal_request(self, seeing: Pipeline) -> None:
+        """A picture and a text go in; the same picture is stored, seen and computed once, another one apart."""
+        noise = np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8)
+        first, other = (Image.fromarray(pixels) for pixels in noise)
+        before = seeing.fresh_metrics()
+        one = seeing.run("What is this?", images=[first], max_tokens=8)
+        again = seeing.run("What is this, again?", images=[first], max_tokens=8)
+        apart = seeing.run("What is this?", images=[other], max_tokens=8)
+        words = seeing.run("What is this?", max_tokens=8)
+        assert {result.status for result in (one, again, apart, words)} == {"finished"}
+        assert len({one.text, apart.text, words.text}) == 3
+        assert one.usage is not None
+        assert again.usage is not None
+        assert apart.usage is not None
+        assert again.usage.cached_tokens > 35, "the picture's 40 tokens or so were there"
+        assert apart.usage.cached_tokens < 10, "no more than the words before the picture"
+        metrics = seeing.fresh_metrics()
+        assert int(metrics["vision_runs"]) - int(before["vision_runs"]) == 2
+        assert int(metrics["vision_bytes"]) > 0
+
+    def test_a_herd_of_questions_on_one_picture(self, seeing: Pipeline) -> None:
+        """64 questions on a cold picture: it is seen once and prefilled once, and pinned no longer than needed."""
+        noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), np.uint8))
+        before = seeing.fresh_metrics()
+        tickets = [seeing.submit(f"{i:02d}?", images=[noise], max_tokens=3) for i in range(64)]
+        usages = [ticket.result(timeout_s=300).usage for ticket in tickets]
+        after = seeing.fresh_metrics()
+        assert int(after["vision_runs"]) - int(before["vision_runs"]) == 1
+        computed = int(after["computed_tokens"]) - int(before["computed_tokens"])
+        assert computed <= max(u.prompt_tokens for u in usages if u) + 64 * 16
+        assert after["pinned_bytes"] == "0"
+
+    def test_a_picture_that_a_model_cannot_take_fails_alone(self, seeing: Pipeline, pipeline: Pipeline) -> None:
+        strip = Image.new("RGB", (3000, 4))
+        bad = seeing.submit("What is this?", images=[strip], max_tokens=4)
+        good = seeing.submit("And who are you?", max_tokens=4)
+        blind = pipeline.submit("What is this?", images=[Image.new("RGB", (30, 30))], max_tokens=4)
+        beside = pipeline.submit("And who are you?", max_tokens=4)
+        for ticket in (bad, blind):
+            with pytest.raises(GenerationFailed) as caught:
+                ticket.result(timeout_s=300)
+            assert caught.value.code == "unsupported"
+        assert "radixq[vision]" in str(caught.value)
+        assert {ticket.result(timeout_s=300).status for ticket in (good, beside)} == {"finished"}
 
 
 class TestRadixTreeBehavior:
