@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_jobs import GROUPS
+from demo_jobs import GROUPS, Group
+from demo_pictures import PictureGroup, write_tiny_model
+from demo_pictures import groups as picture_groups
 from redis import Redis
 
 from common import keys
@@ -49,19 +51,37 @@ class Running:
 def main() -> int:
     """Run the demo; the exit status is 0 when every job finished."""
     parser = argparse.ArgumentParser(prog="ops/demo", description="Run the main job once on a small real model.")
-    parser.add_argument("--model", default=str(MODEL), help="directory, hub id or .gguf file (default: SmolLM2-135M)")
+    parser.add_argument("--model", help="directory, hub id or .gguf file (default: SmolLM2-135M)")
+    parser.add_argument("--image", action="store_true", help="questions about pictures, to the model of --model or "
+                        "MLX_MODEL_PATH; without either to a tiny random one, whose words mean nothing")  # fmt: skip
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        with started(arguments.model) as running:
-            return show(running)
+        if arguments.image:
+            return show_pictures(arguments.model or os.environ.get("MLX_MODEL_PATH"))
+        with started(arguments.model or str(MODEL)) as running:
+            return show(running, GROUPS, "a long system prompt")
     except KeyboardInterrupt:
         print("\ninterrupted; the worker and the server are stopped", file=sys.stderr)
         return 130
     except RadixqError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def show_pictures(model: str | None) -> int:
+    """Run the jobs that have pictures; return the exit status."""
+    with tempfile.TemporaryDirectory(prefix="radixq-demo-model-") as directory:
+        named = model or write_tiny_model(Path(directory))
+        if model is None:
+            print("This model is random and a few hundred kilobytes: it shows how pictures go through the pipe.")
+            print("Its words mean nothing. For answers, name a vision model in MLX_MODEL_PATH, such as a Qwen2-VL.\n")
+        with started(named) as running:
+            status = show(running, picture_groups(), "a picture")
+            runs = running.redis.hget(keys.metrics(_worker_label(running.redis)), "vision_runs")
+            print(f"\nthe vision tower ran {runs} times (vision_runs)")
+            return status
 
 
 def _interrupt(*_: object) -> None:
@@ -112,7 +132,7 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
         worker.wait()
 
 
-def show(running: Running) -> int:
+def show(running: Running, groups: Sequence[Group | PictureGroup], shared: str) -> int:
     """Submit, watch, print what came out; return the exit status."""
     begun = time.monotonic()
     tickets = {
@@ -120,10 +140,10 @@ def show(running: Running) -> int:
             submit(messages=group.messages(question), max_tokens=group.max_tokens, redis=running.url)
             for question in group.questions
         ]
-        for group in GROUPS
+        for group in groups
     }
     every = [ticket for group in tickets.values() for ticket in group]
-    print(f"\nsubmitted {len(every)} jobs in {len(GROUPS)} groups; the jobs of a group share a long system prompt\n")
+    print(f"\nsubmitted {len(every)} jobs in {len(groups)} groups; the jobs of a group share {shared}\n")
     if not watch(running, every):
         print(f"demo: the worker ended with {running.worker.returncode}; its last words:", file=sys.stderr)
         print(*running.log_path.read_text(errors="replace").splitlines()[-15:], sep="\n", file=sys.stderr)

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
@@ -138,6 +137,8 @@ def smollm2_path() -> Path:
     named = os.environ.get("RADIXQ_TEST_SMOLLM2")
     found = [Path(named)] if named else sorted((CHECKOUT / ".radixq" / "models").glob("SmolLM2*.gguf"))
     if not found or not found[0].is_file():
+        import pytest  # here, since ops/demo writes a tiny model where there is no pytest
+
         pytest.skip(
             "SmolLM2-135M-Instruct is not here: ./ops/check fetches it into .radixq/models, or name the .gguf file in "
             "RADIXQ_TEST_SMOLLM2"

@@ -9,13 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from PIL import Image
 
 from common import pictures
 from tests.models import random_weights, tiny_tokenizer
-
-pytest.importorskip("mlx_vlm", reason="pip install 'radixq[vision]'")
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "idefics3")
 _QWEN_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")

@@ -83,7 +83,6 @@ class TestFullPipelineIntegration:
         assert caught.value.code == "context_length_exceeded"
         assert good.result(timeout_s=300).status == "finished"
 
-
     def test_multimodal_request(self, seeing: Pipeline) -> None:
         """A picture and a text go in; the same picture is stored, seen and computed once, another one apart."""
         noise = np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8)
