@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -86,24 +88,37 @@ def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     return config, processor, _PART.replace("MARK", "<image>")
 
 
-def save_tiny_vision(directory: Path, family: str = "qwen2_vl", *, seed: int = 0, template: str | None = None) -> Path:
-    """Write a random vision model with tokenizer and processor; return the directory."""
+def save_tiny_vision(
+    directory: Path,
+    family: str = "qwen2_vl",
+    *,
+    text: Mapping[str, Any] = MappingProxyType({}),
+    tower: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """Write a random vision model with tokenizer and processor; return the directory.
+
+    `text` and `tower` change a Qwen2-VL's sizes.
+    """
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     directory.mkdir(parents=True, exist_ok=True)
     config, processor, own = _qwen(family) if family.startswith("qwen") else _smol(family)
-    config |= {"model_type": family}
+    config |= {"model_type": family, **text, "vision_config": {**config["vision_config"], **tower}}
+    if tower:
+        processor |= {"patch_size": tower["patch_size"], "max_pixels": 1 << 20}
+        part = config["hidden_size"] // config["num_attention_heads"] // 8
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [2 * part, part, part]}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "preprocessor_config.json").write_text(json.dumps(processor))
     (directory / "processor_config.json").write_text(json.dumps({"image_seq_len": 4}))
     tokenizer = tiny_tokenizer(_QWEN_WORDS if family.startswith("qwen") else _SMOL_WORDS)
-    tokenizer._tokenizer.chat_template = own if template is None else template
+    tokenizer._tokenizer.chat_template = own
     tokenizer.save_pretrained(directory)
     classes, _ = get_model_and_args(config)
     config.setdefault("text_config", {})
     described = classes.ModelConfig.from_dict(config)
     described = update_module_configs(described, classes, config, ["text", "vision"])
-    weights = random_weights(classes.Model(described), seed)
+    weights = random_weights(classes.Model(described), seed=0)
     mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
     return directory
 
