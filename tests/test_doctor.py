@@ -53,6 +53,7 @@ def test_a_good_machine_passes_every_check(other_server: Redis, model: Path) -> 
     assert {check.name: check.detail for check in found.values() if not check.ok} == {}
     assert all(check.fix == "" for check in found.values())
     assert found["prefixes"].detail == "shared: stored once and read in place (KVCache)"
+    assert found["pictures"].detail == "none: it reads text only"
     assert found["model"].detail == "tiny, context 4096 tokens"
 
 

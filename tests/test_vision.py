@@ -230,9 +230,19 @@ def test_a_model_that_keeps_more_than_plain_kv_refuses_pictures_by_a_sentence() 
     assert isinstance(event.error, Unsupported)
 
 
+def test_a_family_whose_pictures_are_more_than_embeddings_serves_text_and_says_why() -> None:
+    engine = bench("qwen3_vl")
+    assert engine.loaded.processor is None
+    assert any("no pictures" in note for note in engine.loaded.notes)
+    got = engine.run({"text": engine.prompt("Hello"), "picture": engine.prompt(CAT, "what is this?")})
+    assert list(got) == ["text"]
+    assert failed(engine, "picture").code == "unsupported"
+
+
 @pytest.fixture
 def not_installed() -> Iterator[None]:
-    """Hide mlx-vlm from imports."""
+    """Hide mlx-vlm from imports, once it has written the model."""
+    saved("qwen2_vl")
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mlx_vlm"}
     sys.modules["mlx_vlm"] = None  # type: ignore[assignment]
     yield

@@ -61,6 +61,24 @@ def _qwen(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     return config, processor, _PART.replace("MARK", "<|vision_start|><|image_pad|><|vision_end|>")
 
 
+def _qwen3(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    config, processor, template = _qwen("qwen2_5_vl")
+    text = {name: config.pop(name) for name in (*_TEXT, "vocab_size")}
+    turns = {"rope_type": "default", "type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    del config["rope_scaling"]
+    config |= {
+        "text_config": {"model_type": f"{family}_text", **text, "head_dim": 16, "rope_scaling": turns},
+        "vision_config": {
+            "model_type": family, "depth": 2, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64,
+            "num_heads": 4, "patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        },
+        "max_position_embeddings": 4096,
+        "eos_token_id": 298,
+        "vocab_size": text["vocab_size"],
+    }  # fmt: skip
+    return config, processor, template
+
+
 def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     tower: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "patch_size": 8, "num_hidden_layers": 2}
     tower |= {
@@ -102,7 +120,8 @@ def save_tiny_vision(
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     directory.mkdir(parents=True, exist_ok=True)
-    config, processor, own = _qwen(family) if family.startswith("qwen") else _smol(family)
+    make = _qwen3 if family == "qwen3_vl" else _qwen if family.startswith("qwen") else _smol
+    config, processor, own = make(family)
     config |= {"model_type": family, **text, "vision_config": {**config["vision_config"], **tower}}
     if tower:
         processor |= {"patch_size": tower["patch_size"], "max_pixels": 1 << 20}

@@ -193,17 +193,16 @@ def _model(settings: Settings) -> Iterator[Check]:
     from worker import model
 
     try:
-        about = model.load_tokenizer(settings.model_path)
-        model._read_model(model._find(settings.model_path)[0])  # lazy: no weight is read
+        about, _ = model.skeleton(settings.model_path)
     except RadixqError as error:
         yield Check("model", False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
         return
     yield Check("model", True, f"{about.name}, context {about.context_length} tokens")
-    yield _reuse(settings, settings.model_path)
+    yield from _loaded(settings, settings.model_path)
 
 
-def _reuse(settings: Settings, path: str) -> Check:
-    """Load the model as a worker does, and say which way of reuse it allows: that is found by trying."""
+def _loaded(settings: Settings, path: str) -> Iterator[Check]:
+    """Load the model as a worker does: which way of reuse it allows, and whether it takes pictures, is found by trying."""
     from mlx_lm.models.cache import make_prompt_cache
 
     from worker import model, probe
@@ -211,17 +210,22 @@ def _reuse(settings: Settings, path: str) -> Check:
 
     name, device = "prefixes", platform.device()
     if _stored_bytes(path) >= device.working_set_bytes:
-        return Check(
-            name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model"
-        )
+        yield Check(name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model")
+        return
     try:
         loaded = model.load(path, dtype=settings.dtype, device=device)
     except RadixqError as error:
-        return Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
+        yield Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
+        return
     way = probe.reuse(loaded.model, loaded.context_length)
     caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
     fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
-    return Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
+    yield Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
+    refused = next((note for note in loaded.notes if note.startswith("no pictures: ")), "no pictures: it reads text only")
+    if loaded.processor is not None and way != "shared":
+        refused = "no pictures: they need prefixes that are read in place"
+    sees = loaded.processor is not None and way == "shared"
+    yield Check("pictures", True, "taken" if sees else refused.replace("no pictures", "none"))
 
 
 def _is_cached(hub_id: str) -> bool:

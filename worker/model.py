@@ -6,6 +6,7 @@ room imports MLX, so `worker.platform.prepare()` comes first; the thread that ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -113,6 +114,16 @@ def load(
 def load_tokenizer(path_or_id: str, *, max_image_pixels: int = processor.MAX_PIXELS) -> LoadedTokenizer:
     """Load the tokenizer alone, the same as `load` does, without reading weights."""
     return _read_tokenizer(*_find(path_or_id), max_image_pixels)
+
+
+def skeleton(path_or_id: str) -> tuple[LoadedTokenizer, Module]:
+    """Return tokenizer and model with no weight read: enough to see what kinds of cache it has."""
+    path, name = _find(path_or_id)
+    read = _read_tokenizer(path, name, processor.MAX_PIXELS)
+    if read.processor is not None:
+        with contextlib.suppress(*_LIBRARY_ERRORS):
+            return read, vision.load(path)
+    return read, _read_model(path)[0]
 
 
 def _with_pictures(

@@ -150,8 +150,10 @@ class Runner:
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget - pictures, picture_bytes=pictures)
         engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
         self._stats = engine.stats()
+        blind = loaded.processor is not None and way != "shared"
         notes = (
             *loaded.notes,
+            *(("no pictures: they need prefixes that are read in place",) if blind else ()),
             f"prefixes are {WAYS[way]}",
             f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}",
             f"BLAS: {blas.name}",
