@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,14 @@ from PIL import Image
 
 pytest.importorskip("mlx_vlm", reason="radixq[vision] is not installed")
 
-from common.errors import RadixqError, Unsupported
+from common.errors import ModelNotLoaded, RadixqError, Unsupported
 from common.pictures import digest as digest_of
 from tests.engines import alone as text_alone
 from tests.engines import bench as text_bench
 from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, same, saved
-from tests.vision_models import FAMILIES, digest, picture, png
-from worker import model, platform
+from tests.vision_models import FAMILIES, digest, picture, png, save_tiny_vision
+from worker import model, platform, processor
+from worker.cache import _cut
 from worker.prepare import prepare
 from worker.processor import keys
 from worker.radix import Match
@@ -127,8 +132,6 @@ def test_order_matters_and_the_same_picture_may_come_twice() -> None:
 
 def test_two_encodings_of_the_same_pixels_are_one_picture() -> None:
     engine = bench()
-    from io import BytesIO
-
     file = BytesIO()
     CAT.save(file, "PNG", compress_level=0)
     again = Image.open(BytesIO(file.getvalue()))
@@ -220,7 +223,7 @@ def test_a_picture_that_is_gone_or_another_one_fails_its_jobs_alone() -> None:
     assert "other pixels" in str(failed(engine, "swapped"))
 
 
-def test_a_model_that_keeps_more_than_plain_kv_refuses_pictures_by_a_sentence() -> None:
+def test_an_engine_that_sees_nothing_refuses_a_picture() -> None:
     made = bench().prompt(CAT, "what is this?")
     plain = text_bench()
     plain.engine.add("picture", Prompt(made.tokens, made.sampling, pictures=made.pictures))
@@ -237,6 +240,22 @@ def test_a_family_whose_pictures_are_more_than_embeddings_serves_text_and_says_w
     got = engine.run({"text": engine.prompt("Hello"), "picture": engine.prompt(CAT, "what is this?")})
     assert list(got) == ["text"]
     assert failed(engine, "picture").code == "unsupported"
+
+
+@pytest.mark.parametrize("way", ["model_file", "auto_map"])
+def test_no_code_of_a_model_directory_is_run(tmp_path: Path, way: str) -> None:
+    directory = save_tiny_vision(tmp_path / "trap")
+    (directory / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    changed = directory / ("config.json" if way == "model_file" else "tokenizer_config.json")
+    named = {"model_file": "trap.py"} if way == "model_file" else {"auto_map": {"AutoTokenizer": ["trap.T", "trap.T"]}}
+    content = json.loads(changed.read_text()) | named
+    content.pop("tokenizer_class", None)
+    changed.write_text(json.dumps(content))
+    with contextlib.suppress(ModelNotLoaded):
+        model.load(str(directory), device=platform.device())
+    with contextlib.suppress(ModelNotLoaded):
+        processor.load(directory, json.loads((directory / "config.json").read_text()), "trap", 10**6)
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.fixture
@@ -302,8 +321,6 @@ def test_a_shorter_match_lies_on_the_same_way() -> None:
     engine.run({"1": engine.prompt(CAT, "what is this?"), "2": engine.prompt(CAT, "what is that?")})
     prompt = engine.prompt(CAT, "what is this?")
     found = engine.engine.cache.tree.match(prompt.tokens)
-    from worker.cache import _cut
-
     for length in range(1, found.length + 1):
         cut: Match[Any] = _cut(found, length)
         assert cut.length == length

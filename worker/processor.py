@@ -32,8 +32,11 @@ _REFUSED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErro
 
 
 def has_tower(config: dict[str, Any]) -> bool:
-    """Return whether a model's config.json names a vision tower."""
-    return isinstance(config.get("vision_config"), dict)
+    """Return whether a model's config.json names a vision tower, of a kind that mlx-vlm itself knows.
+
+    One that names code of its own is left to mlx-lm, which refuses it; mlx-vlm would run it.
+    """
+    return isinstance(config.get("vision_config"), dict) and "model_file" not in config
 
 
 def installed() -> bool:
@@ -137,7 +140,8 @@ def load(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> Proc
 
     try:
         get_model_and_args(config)  # whose import tells transformers which class to take
-        return Processor(load_processor(path, add_detokenizer=False), name, max_pixels)
+        loaded = load_processor(path, add_detokenizer=False, trust_remote_code=False)  # mlx-vlm's default is to trust
+        return Processor(loaded, name, max_pixels)
     except (*_REFUSED, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelNotLoaded(f"cannot load the picture processor of {path}: {reason}; download it again") from error
