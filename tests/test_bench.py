@@ -19,7 +19,7 @@ CONTESTANTS = {
     "mlx-lm one by one", "batch_generate", "stock uncached", "stock, KV copied", "mlx_lm.server", "radixq engine",
     "radixq whole",
 }  # fmt: skip
-PARTS = {"attention", "step", "join", "tree", "slice", "latency", "queue", "reading"}
+PARTS = {"attention", "step", "join", "tree", "slice", "latency", "pictures", "queue", "reading"}
 
 
 @pytest.fixture

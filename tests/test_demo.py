@@ -50,6 +50,19 @@ def test_the_demo_runs_every_job_and_shows_answers_metrics_and_redis_cli_lines(
 
 
 @pytest.mark.timeout(300)
+def test_the_demo_with_pictures_sees_each_once_and_says_that_its_words_mean_nothing(
+    processes: Processes, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx_vlm", reason="radixq[vision] is not installed")
+    demo = processes.python(ROOT / "ops" / "demo.py", "--image", env={"TMPDIR": str(tmp_path), MARK: str(tmp_path)})
+    assert demo.wait(250) == 0
+    assert "Its words mean nothing." in demo.log
+    assert len(re.findall(r"^  [0-9a-f]{8} +\d+ +\d+ +\d+ ", demo.log, re.MULTILINE)) == 24
+    assert "the vision tower ran 3 times" in demo.log
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_demo_that_is_stopped_at_any_moment_leaves_no_process(
     processes: Processes, tmp_path: Path, ending: signal.Signals

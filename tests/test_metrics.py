@@ -19,6 +19,7 @@ FIELDS = {
     "cache_nodes", "cache_bytes", "cache_bytes_limit", "pinned_bytes", "evicted_nodes", "evicted_bytes",
     "poisoned_nodes", "herd_waits", "prefix_bytes_saved", "batch_rows", "batch_rows_max", "cohorts", "decode_steps",
     "prefill_tokens_per_s", "decode_tokens_per_s", "attention_form", "active_bytes", "peak_bytes",
+    "vision_runs", "vision_bytes",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 DECIMAL = re.compile(r"\d+(\.\d+)?")
