@@ -202,7 +202,7 @@ def _model(settings: Settings) -> Iterator[Check]:
 
 
 def _loaded(settings: Settings, path: str) -> Iterator[Check]:
-    """Load the model as a worker does: which way of reuse it allows, and whether it takes pictures, is found by trying."""
+    """Load the model as a worker does: what it allows, reuse and pictures, is found by trying."""
     from mlx_lm.models.cache import make_prompt_cache
 
     from worker import model, probe
@@ -221,7 +221,9 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
     caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
     fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
     yield Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
-    refused = next((note for note in loaded.notes if note.startswith("no pictures: ")), "no pictures: it reads text only")
+    refused = next(
+        (note for note in loaded.notes if note.startswith("no pictures: ")), "no pictures: it reads text only"
+    )
     if loaded.processor is not None and way != "shared":
         refused = "no pictures: they need prefixes that are read in place"
     sees = loaded.processor is not None and way == "shared"
