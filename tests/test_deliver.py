@@ -110,7 +110,7 @@ class Desk:
     def deliver(self) -> list[Flight]:
         """Flush as the pump does."""
         done = []
-        for flight in self.outbox.flush():
+        for flight in self.outbox.flush(16):
             done.append(self.pump.flights.pop(flight.id))
         return done
 
@@ -386,6 +386,40 @@ def test_a_job_that_is_taken_away_while_it_is_handed_back_is_left_alone(desk: De
     assert desk._drain.hand_back([flight, desk.take(mate)] if how != "rq info" else [flight]) == (how != "rq info")
     assert desk.waiting.count(job.id) == (how == "rq info")
     assert desk.pump.ledger.entries() == []
+
+
+def test_results_written_together_leave_the_books_of_results_written_alone(desk: Desk) -> None:
+    plain, parent, cancelled, lost, other = (desk.enqueue() for _ in range(5))
+    child = desk.enqueue(depends_on=parent)
+    flights = [desk.take(job) for job in (plain, parent, cancelled, lost, other)]
+    cancelled.cancel()
+    desk.redis.zrem("rq:wip:radixq", flights[3].execution.composite_key)
+    for flight in flights:
+        desk.outbox.put(flight, Finished(flight.id, flight.job.id, "stop", USAGE, prefill_ms=1.5, decode_ms=20.25))
+    assert set(desk.deliver()) == set(flights)
+    assert not desk.outbox.waits
+    statuses = [desk.result(job)["status"] for job in (plain, parent, cancelled, lost, other)]
+    assert statuses == ["finished", "finished", "cancelled", "running", "finished"]
+    assert [desk.result(job)["text"] for job in (plain, parent, other)] == [plain.id, parent.id, other.id]
+    assert [len(desk.rq_results(job)) for job in (plain, parent, cancelled, lost, other)] == [1, 1, 0, 0, 1]
+    assert desk.redis.zcard("rq:finished:radixq") == 3
+    assert desk.waiting == [child.id]
+    assert desk.leases == 0
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before the server ran it", "before its answer came"])
+def test_a_connection_that_breaks_while_many_are_delivered_delivers_each_once(desk: Desk, answered: bool) -> None:
+    jobs = [desk.enqueue() for _ in range(4)]
+    flights = [desk.take(job) for job in jobs]
+    for flight in flights:
+        desk.outbox.put(flight, Finished(flight.id, "a dog", "stop", USAGE, prefill_ms=1.5, decode_ms=20.25))
+    desk.client.breaks_at, desk.client.answered = 1, answered
+    with pytest.raises(ConnectionError):
+        desk.deliver()
+    assert len(desk.deliver()) == 4
+    assert [desk.result(job)["status"] for job in jobs] == ["finished"] * 4
+    assert [len(desk.rq_results(job)) for job in jobs] == [1] * 4
+    assert desk.outbox.jobs_finished == 4
 
 
 def test_only_listed_callbacks_run_and_only_after_the_commit(desk: Desk) -> None:

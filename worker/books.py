@@ -25,19 +25,30 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
     ready = queue.move_dependents_to_ready(job, pipeline=pipe)
     if not pipe.explicit_transaction:  # it begins the transaction only if there are dependents
         pipe.multi()
+    append_success(worker, flight, pipe)
+    pipe.execute()
+    queue.enqueue_ready_jobs_by_queue(ready)
+    release_slot(job)
+
+
+def append_success(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
+    """Append what `succeed` writes for the job itself."""
+    job = flight.job
     ttl = job.get_result_ttl(worker.default_result_ttl)
     job._handle_success(ttl, pipeline=pipe, **_execution(worker, flight))
     if job.repeats_left:
-        Repeat.schedule(job, queue, pipeline=pipe)
+        Repeat.schedule(job, flight.queue, pipeline=pipe)
     else:
         job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
         job._status = JobStatus.FINISHED
     worker.increment_successful_job_count(pipeline=pipe)
     _count_time(worker, job, pipe)
     worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
-    pipe.execute()
-    queue.enqueue_ready_jobs_by_queue(ready)
-    release_slot(job)
+
+
+def is_plain(flight: Flight) -> bool:
+    """Whether nothing but the job itself changes when it succeeds, as long as no other job depends on it."""
+    return not flight.job.repeats_left and not flight.job.has_rate_limit
 
 
 def fail(worker: BaseWorker, flight: Flight, pipe: Pipeline, reason: str, *, retry: bool) -> None:

@@ -5,8 +5,9 @@ An outbox: a result waits here while Redis is away. Knows nothing of queues, pro
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import redis.exceptions
@@ -65,14 +66,18 @@ class Outbox:
             flight.result = self._result(flight, outcome)
             self._waiting.append(flight)
 
-    def flush(self) -> Iterator[Flight]:
-        """Deliver one result after the other and yield each flight that is done with.
+    def flush(self, most: int) -> Iterator[Flight]:
+        """Deliver as many results, those without consequences in one transaction; yield each flight that is done with.
 
         Raises:
             redis.exceptions.RedisError: nothing was lost; go on later.
         """
-        while self._waiting:
-            flight = self._waiting[0]
+        first = list(itertools.islice(self._waiting, most))
+        for flight in self._succeed_together([flight for flight in first if flight.error is None]):
+            self._waiting.remove(flight)
+            first.remove(flight)
+            yield flight
+        for flight in first:
             self._deliver(flight)
             self._waiting.popleft()
             yield flight
@@ -163,6 +168,27 @@ class Outbox:
             if result.idempotency_key:
                 pipe.expire(keys.idempotency(result.idempotency_key), self._settings.result_ttl_s)
 
+    def _succeed_together(self, flights: Sequence[Flight]) -> list[Flight]:
+        """Write the successes on which nothing depends in one transaction; return those that were written.
+
+        The others, and all of them if somebody touched one meanwhile, are for `_deliver`.
+        """
+        plain = [flight for flight in flights if books.is_plain(flight)]
+        if not plain:
+            return []
+        try:
+            with fence(self._worker, plain) as (pipe, held):
+                plain = [flight for flight in held if flight.status == JobStatus.STARTED and not flight.awaited]
+                pipe.multi()
+                for flight in plain:
+                    books.append_success(self._worker, self._succeeded(flight), pipe)
+                pipe.execute()
+        except redis.exceptions.WatchError:
+            return []
+        for flight in plain:
+            self._delivered(flight)
+        return plain
+
     def _deliver(self, flight: Flight) -> None:
         while True:
             try:
@@ -183,11 +209,14 @@ class Outbox:
             self._fail(flight, flight.error, pipe)
 
     def _succeed(self, flight: Flight, pipe: Pipeline) -> None:
+        books.succeed(self._worker, self._succeeded(flight), pipe)
+        self._delivered(flight)
+
+    def _succeeded(self, flight: Flight) -> Flight:
         job = self._ended(flight.job)
         assert flight.result is not None
         job._result = flight.result.model_dump(mode="json", exclude_none=True)  # RQ has no public way in
-        books.succeed(self._worker, flight, pipe)
-        self._delivered(flight)
+        return flight
 
     def _fail(self, flight: Flight, error: RadixqError, pipe: Pipeline) -> None:
         job = self._ended(flight.job)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from redis import Redis
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
-from rq.registry import BaseRegistry
+from rq.registry import BaseRegistry, StartedJobRegistry
 from rq.utils import import_attribute, now
 
 from common import keys
@@ -90,6 +91,11 @@ class QueuedJob(Job):
     max_bytes: ClassVar[int] = 32 * 1024**2
     keep_s: ClassVar[int] = 3_600
     packed = b""
+
+    @cached_property
+    def started_job_registry(self) -> StartedJobRegistry:
+        """RQ would make a new one at each of three looks per job, and that is slow."""
+        return cast(StartedJobRegistry, super().started_job_registry)  # type: ignore[no-untyped-call]
 
     @classmethod
     def fetch_many(cls, job_ids: Iterable[str], connection: Redis, serializer: Any = None) -> list[Job | None]:

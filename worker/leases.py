@@ -41,17 +41,22 @@ def fence(worker: BaseWorker, flights: Sequence[Flight]) -> Iterator[tuple[Pipel
 
 
 def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
-    """Return the flights whose lease is still ours, and the others; note RQ's status of each job."""
+    """Return the flights whose lease is still ours, and the others.
+
+    Notes RQ's status of each job, and whether other jobs wait for it.
+    """
     with worker.connection.pipeline(transaction=False) as pipe:
         for flight in flights:
             pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
             pipe.hget(flight.job.key, "status")
+            pipe.exists(flight.job.dependents_key)
         replies = pipe.execute()
-    for flight, status in zip(flights, replies[1::2], strict=True):
-        flight.status = status.decode(errors="replace") if status else None
-    leased = list(zip(flights, replies[::2], strict=True))
-    return [flight for flight, lease in leased if lease is not None], [
-        flight for flight, lease in leased if lease is None
+    leases, statuses, awaited = (replies[n::3] for n in range(3))
+    for flight, status, others in zip(flights, statuses, awaited, strict=True):
+        flight.status, flight.awaited = status.decode(errors="replace") if status else None, bool(others)
+    found = list(zip(flights, leases, strict=True))
+    return [flight for flight, lease in found if lease is not None], [
+        flight for flight, lease in found if lease is None
     ]
 
 

@@ -6,7 +6,6 @@ Runs in the main thread and never waits longer than `TICK_S`. Knows when what is
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -235,11 +234,10 @@ class Pump:
         try:
             accepted = self._accepted(batch)
             stored = self._fetch(accepted)
-            taken = self._drain.take(accepted, self._outbox.model)
+            for candidate, flight in self._drain.take(accepted, self._outbox.model):
+                self._launch(candidate, flight, stored)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
-        for candidate, flight in taken:
-            self._launch(candidate, flight, stored)
 
     def _fetch(self, batch: Sequence[Candidate]) -> dict[str, bytes]:
         """Return the pictures of jobs that are about to start; one that is gone fails its job when it is needed."""
@@ -302,7 +300,7 @@ class Pump:
             self._runner.submit(flight.id, candidate.prompt.showing(stored))
 
     def _deliver(self) -> None:
-        for flight in itertools.islice(self._outbox.flush(), BATCH):
+        for flight in self._outbox.flush(BATCH):
             self.flights.pop(flight.id, None)
             self._active_at = time.monotonic()
 
