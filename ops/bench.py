@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -211,6 +212,8 @@ def _arguments() -> argparse.Namespace:
                         help=f"of {', '.join(CONTESTANTS)}")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute: does it work?")
     parser.add_argument("--runs", type=int, help="rounds per workload (default: 3, and 9 where nothing is shared)")
+    parser.add_argument("--once", nargs="+", choices=CONTESTANTS, default=(), metavar="NAME",
+                        help="contestants that run once, besides those whose turn takes minutes anyway")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the workloads into a PNG")
     return parser.parse_args()
@@ -228,7 +231,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     names = arguments.workload or [*(["gsp-quick"] if arguments.quick else WORKLOADS), *PARTS, *APART]
-    workloads = [{**WORKLOADS, **QUICK}[name] for name in names if name not in (*PARTS, *APART)]
+    chosen_ones = [{**WORKLOADS, **QUICK}[name] for name in names if name not in (*PARTS, *APART)]
+    workloads = [replace(workload, once=(*workload.once, *arguments.once)) for workload in chosen_ones]
     if any(workload.model == SMOLLM2 for workload in workloads) and not smollm2_path().exists():
         print(f"bench: {smollm2_path()} is not there: ./ops/bench fetches it", file=sys.stderr)
         return 1
