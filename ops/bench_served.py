@@ -96,7 +96,7 @@ class Whole:
         self.redis = Redis.from_url(self.broker.url, decode_responses=True)
         self._environment = _clean_environment() | {
             "MLX_MODEL_PATH": directory, "RADIXQ_DTYPE": "stored", "RADIXQ_WORKER_NAME": "bench",
-            "RADIXQ_HOME": str(self._home), "PYTHONPATH": str(ROOT), **settings,
+            "RADIXQ_HOME": str(self._home), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'ops'}", **settings,
         }  # fmt: skip
 
     def start_worker(self, *options: str, worker_class: str = "worker.BatchWorker") -> subprocess.Popen[bytes]:
