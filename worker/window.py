@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import redis
@@ -36,6 +36,8 @@ from worker.sequence import Prompt
 from worker.suspects import Suspicion
 
 if TYPE_CHECKING:
+    from redis.client import Pipeline
+
     from worker.model import LoadedTokenizer
 
 CLIENT_NAME: Final = "radixq-scout"
@@ -44,6 +46,23 @@ _LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the 
 _NONE: Final = np.empty(0, np.int32)
 _SLICE_JOBS: Final = 64
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
+
+# Payloads, or the size of one over the limit ARGV[1]; fewer than asked for once they are ARGV[2] bytes together.
+_FETCH: Final = """
+local found, total = {}, 0
+for i = 1, #KEYS do
+  local size = redis.pcall('HSTRLEN', KEYS[i], 'data')
+  if type(size) ~= 'number' then size = 0 end  -- not a hash: the worker says so when it looks at the job
+  if size > tonumber(ARGV[1]) then
+    found[i] = size
+  else
+    total = total + size
+    if i > 1 and total > tonumber(ARGV[2]) then break end
+    found[i] = size > 0 and redis.call('HGET', KEYS[i], 'data') or ''
+  end
+end
+return found
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +106,7 @@ class Window:
         self._loaded = loaded
         self._names = {keys.model_queue(name) for name in (loaded.name, *settings.model_aliases)}
         self._redis = client
+        self._fetch_script = client.register_script(_FETCH)
         self._queues = tuple(queues)
         self.queue_keys = [Queue(name, connection=client).key for name in queues]
         self._plan = Plan(1 + len(queues), seed=zlib.crc32((label or "").encode()))  # suspects go first
@@ -127,6 +147,7 @@ class Window:
 
         Tell the neighbours where this worker is, and read where they are.
         """
+        started = time.monotonic()
         if self._neighbourhood is not None:
             self._neighbourhood.tell(frozenset() if self.nothing_to_offer else self._plan.trail())
             self._plan.heed(self._neighbourhood.read())
@@ -136,12 +157,14 @@ class Window:
                 pipe.llen(key)
                 pipe.lindex(key, 0)
                 pipe.lindex(key, -1)
-            (seconds, micros), *ends = pipe.execute()
+            if self.empty:  # whatever there is now is new: one round trip is enough
+                self._list(pipe)
+            (seconds, micros), *replies = pipe.execute()
         self._ahead_s = seconds + micros / 1e6 - time.time()
+        ends, listed = replies[: 3 * len(self.queue_keys)], replies[3 * len(self.queue_keys) :]
         if ends == self._ends and not self._stale:
             return
-        started = time.monotonic()
-        present = self._present()
+        present = self._present(listed)
         self._ends, self._stale = ends, False
         self._forget([job_id for job_id in self._home if job_id not in present and job_id not in self._offered])
         self._unread = deque((job_id, queue) for job_id, queue in present.items() if job_id not in self._home)
@@ -149,34 +172,21 @@ class Window:
         self.earliest = now + _LOOK_SHARE * (now - started)
 
     def fetch(self) -> None:
-        """Get payloads of the next unread jobs, in bounded slices; the length is asked first."""
+        """Get payloads of the next unread jobs, in bounded slices; one that is too large stays in Redis."""
         if self._raw or not self._unread or not self._has_room():
             return
         slice_ = [self._unread[at] for at in range(min(_SLICE_JOBS, len(self._unread)))]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job_id, _ in slice_:
-                pipe.hstrlen(Job.key_for(job_id) if is_id(job_id) else "", "data")
-            # A key that is no hash has no payload; the worker says so when it looks at the job.
-            sizes = [0 if isinstance(size, ResponseError) else size for size in pipe.execute(raise_on_error=False)]
-        limit, total, num = self._settings.max_job_bytes, 0, 0
-        for size in sizes:
-            total += size if size <= limit else 0
-            if num and total > _SLICE_BYTES:
-                break
-            num += 1
-        small = [job_id for (job_id, _), size in zip(slice_[:num], sizes, strict=False) if 0 < size <= limit]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for job_id in small:
-                pipe.hget(Job.key_for(job_id), "data")
-            payloads = dict(zip(small, pipe.execute(), strict=True))
-        for (job_id, queue), size in zip(slice_[:num], sizes, strict=False):
+        limit = self._settings.max_job_bytes
+        wanted = [Job.key_for(job_id) if is_id(job_id) else "" for job_id, _ in slice_]
+        found = self._fetch_script(keys=wanted, args=[limit, _SLICE_BYTES])
+        for (job_id, queue), data in zip(slice_, cast(list[bytes | int], found), strict=False):
             self._unread.popleft()
             self._home[job_id] = queue
-            if size > limit:
-                self._refuse(job_id, too_large(size, limit))
+            if isinstance(data, int):
+                self._refuse(job_id, too_large(data, limit))
             else:
-                self._raw.append((job_id, payloads.get(job_id) or b""))
-        self._raw_bytes = sum(len(data) for _, data in self._raw)
+                self._raw.append((job_id, data))
+                self._raw_bytes += len(data)
 
     def prepare(self, for_s: float) -> None:
         """Plan or refuse fetched jobs until the time is over; at least one."""
@@ -224,16 +234,20 @@ class Window:
         self._forget(job_ids)
         self._stale = self._stale or bool(job_ids)
 
-    def _present(self) -> dict[str, int]:
+    def _list(self, pipe: Pipeline) -> None:
+        """Append what `_present` reads."""
+        for key in self.queue_keys:
+            pipe.lrange(key, 0, self._settings.window_jobs - 1)
+        pipe.hgetall(keys.SUSPECTS)  # after the ids: a job comes back together with what is held against it
+
+    def _present(self, listed: list[Any]) -> dict[str, int]:
         """Return the ids in the window with their queues, by priority and place."""
         most = self._settings.window_jobs
-        with self._redis.pipeline(transaction=False) as pipe:
-            for key in self.queue_keys:
-                pipe.lrange(key, 0, most - 1)
-            pipe.hgetall(
-                keys.SUSPECTS
-            )  # after the ids: a job comes back to its queue together with what is held against it
-            *listed, suspects = pipe.execute()
+        if not listed:
+            with self._redis.pipeline(transaction=False) as pipe:
+                self._list(pipe)
+                listed = pipe.execute()
+        *listed, suspects = listed
         known = {job_id.decode(): Suspicion.parse(text) for job_id, text in suspects.items()}
         self._suspects = {job_id: suspicion.limit for job_id, suspicion in known.items() if suspicion}
         present: dict[str, int] = {}
