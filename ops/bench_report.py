@@ -182,55 +182,72 @@ def _plain(value: Any) -> str:
 
 
 def plot(result: Figures, path: Path) -> None:
-    """Draw how many times less CPU time each contestant needs than stock uncached, and what memory it takes."""
+    """Draw what CPU time each contestant needs, and what memory, workload by workload."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    workloads = [w for w in result["workloads"] if any("times_stock" in c for c in w["contestants"])]
+    workloads = [workload for workload in result["workloads"] if workload["contestants"]]
     if not workloads:
         return
+    heights = [1.1 + 0.3 * len(workload["contestants"]) for workload in workloads]
     figure, axes = pyplot.subplots(
-        len(workloads), 2, figsize=(13, 0.9 + 2.3 * len(workloads)), squeeze=False, width_ratios=(5, 3)
+        len(workloads), 2, figsize=(13, 0.9 + sum(heights)), squeeze=False, width_ratios=(5, 3), height_ratios=heights
     )
     for (left, right), workload in zip(axes, workloads, strict=True):
-        _bars(left, right, workload)
+        _cpu_bars(left, workload)
+        _peak_bars(right, workload)
     machine, versions = result["machine"], result["versions"]
     figure.suptitle("radixq beside mlx-lm: the same jobs, the same model, one BLAS thread", fontsize=13, weight="bold")
     note = f"{machine['cpu']}, {machine['cores']} cores; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']}; "
-    figure.text(0.5, 0.006, f"{note}commit {result['commit']}", ha="center", fontsize=8, color="#555555")
+    note += f"commit {result['commit']}; medians, black: 95 % interval of pairs, or smallest to largest; * one run"
+    figure.text(0.5, 0.006, note, ha="center", fontsize=8, color="#555555")
     figure.tight_layout(rect=(0, 0.02, 1, 0.99))
     figure.savefig(path, dpi=130)
 
 
-def _bars(left: Any, right: Any, workload: Figures) -> None:
+def _cpu_bars(axis: Any, workload: Figures) -> None:
+    """Times less CPU than stock uncached; CPU seconds, where that did not run."""
     contestants = list(reversed(workload["contestants"]))
-    names = [c["name"] + ("*" if c["runs"] == 1 else "") for c in contestants]
-    colors = ["#d1495b" if c["name"].startswith("radixq") else "#8d99ae" for c in contestants]
-    times = [c.get("times_stock", 0.0) for c in contestants]
-    left.barh(names, times, color=colors)
+    based = all("times_stock" in c for c in contestants)
+    values = [c["times_stock"] if based else c["cpu_s"]["median"] for c in contestants]
+    ends = [max(value, *_whisker(c, based)) for value, c in zip(values, contestants, strict=True)]
+    _barh(axis, contestants, values, [f" {value:.2f}x" if based else f" {value:.1f} s" for value in values], ends)
     for i, c in enumerate(contestants):
-        if c.get("interval"):
-            left.plot(c["interval"], [i, i], color="#222222", linewidth=1.5)
-        left.annotate(f" {times[i]:.2f}x", (max([times[i], *(c.get("interval") or [])]), i), va="center", fontsize=8)
-    bound = workload["limit"]
-    left.axvline(bound, color="#2a9d8f", linestyle="--", linewidth=1.3)
-    left.annotate(f"limit R = {bound:.1f} ", (bound, len(names) - 0.45), fontsize=8, color="#2a9d8f", ha="right")
-    left.set_ylim(-0.6, len(names) + 0.1)
-    right.set_ylim(-0.6, len(names) + 0.1)
-    left.set_xlim(0, 1.12 * max([bound, *times]))
-    left.set_title(f"{workload['title']}: times less CPU than stock uncached", fontsize=9, loc="left")
+        axis.plot(_whisker(c, based), [i, i], color="#222222", linewidth=1.5)
+    top = max(ends)
+    if based:
+        bound = workload["limit"]
+        axis.axvline(bound, color="#2a9d8f", linestyle="--", linewidth=1.3)
+        axis.annotate(f"limit R = {bound:.1f} ", (bound, len(values) - 0.45), fontsize=8, color="#2a9d8f", ha="right")
+        top = max(top, bound)
+    axis.set_xlim(0, 1.12 * top)
+    measure = "times less CPU than stock uncached" if based else "CPU seconds, shorter is better"
+    axis.set_title(f"{workload['title']}: {measure}", fontsize=9, loc="left")
+
+
+def _whisker(c: Figures, based: bool) -> list[float]:
+    return list(c["interval"] or [c["times_stock"]] * 2) if based else [c["cpu_s"]["min"], c["cpu_s"]["max"]]
+
+
+def _peak_bars(axis: Any, workload: Figures) -> None:
+    contestants = list(reversed(workload["contestants"]))
     peaks = [c["peak_bytes"] / 2**20 for c in contestants]
-    right.barh(names, peaks, color=colors)
-    for i, peak in enumerate(peaks):
-        right.annotate(f" {peak:.0f}", (peak, i), va="center", fontsize=8)
-    right.set_yticks([])
-    right.set_xlim(0, 1.18 * max([1.0, *peaks]))
-    right.set_title("peak MiB beyond the weights", fontsize=9, loc="left")
-    for axis in (left, right):
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+    _barh(axis, contestants, peaks, [f" {peak:.0f}" for peak in peaks], peaks)
+    axis.set_yticks([])
+    axis.set_xlim(0, 1.18 * max([1.0, *peaks]))
+    axis.set_title("peak MiB beyond the weights", fontsize=9, loc="left")
+
+
+def _barh(axis: Any, contestants: list[Figures], values: list[float], words: list[str], ends: list[float]) -> None:
+    names = [c["name"] + ("*" if c["runs"] == 1 else "") for c in contestants]
+    axis.barh(names, values, color=["#d1495b" if c["name"].startswith("radixq") else "#8d99ae" for c in contestants])
+    for i, (word, end) in enumerate(zip(words, ends, strict=True)):
+        axis.annotate(word, (end, i), va="center", fontsize=8)
+    axis.set_ylim(-0.6, len(names) + 0.1)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _commit() -> str:
