@@ -137,7 +137,7 @@ class Bench:
             for name in names:
                 children[name] = self.child(name, "bench_contestants.py", name, workload.name, directory)
                 stack.callback(children[name].close)
-            blas = [ready["blas"] for child in children.values() if (ready := self._try(child.answer))]
+            ready = [told for child in children.values() if (told := self._try(child.answer))]
             for number in range(runs):
                 for name in _turn(names, number):
                     if number and (name in workload.once or name not in outcomes):
@@ -148,7 +148,7 @@ class Bench:
                         outcomes.setdefault(name, []).append(outcome)
                         say(f"{workload.name} {number + 1}/{runs}: {name} {outcome['cpu_s']:.2f} CPU s")
             cost = self._try(lambda: children[BASE].ask(cost=0)) if BASE in outcomes else None
-        return report.summary(workload, {name: outcomes[name] for name in names if name in outcomes}, cost or {}, blas)
+        return report.summary(workload, {name: outcomes[name] for name in names if name in outcomes}, cost or {}, ready)
 
     def _try(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Ask; a contestant that failed is told about, and the others go on."""
@@ -214,8 +214,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="rounds per workload (default: 3, and 9 where nothing is shared)")
     parser.add_argument("--once", nargs="+", choices=CONTESTANTS, default=(), metavar="NAME",
                         help="contestants that run once, besides those whose turn takes minutes anyway")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON line there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the workloads into a PNG")
+    parser.add_argument("--json", type=Path, nargs="?", const=Path("radixq-bench.json"), metavar="FILE",
+                        help="also write the JSON line there (%(const)s)")  # fmt: skip
+    parser.add_argument("--plot", type=Path, nargs="?", const=Path("radixq-bench.png"), metavar="FILE",
+                        help="draw the workloads into a PNG (%(const)s)")  # fmt: skip
     return parser.parse_args()
 
 
@@ -251,8 +253,8 @@ def main() -> int:
             print(report.parts_text(result["parts"]), flush=True)
             result["failures"] = bench.failures
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing is left running", file=sys.stderr)
-        return 130
+        print("\ninterrupted; nothing is left running, what was finished follows", file=sys.stderr)
+        result["interrupted"] = True
     except RuntimeError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -262,7 +264,7 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(result) + "\n")
     print(json.dumps(result))
-    return 1 if result["failures"] else 0
+    return 130 if "interrupted" in result else 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":

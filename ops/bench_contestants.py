@@ -24,6 +24,7 @@ BLAS = platform.prepare()  # before anything imports MLX
 import mlx.core as mx  # noqa: E402
 import mlx_lm  # noqa: E402
 import numpy as np  # noqa: E402
+from bench_cpu import clock_s  # noqa: E402
 from bench_served import Server, Whole  # noqa: E402
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noqa: E402
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache  # noqa: E402
@@ -36,6 +37,7 @@ from worker.group import Plan, Waiting  # noqa: E402
 from worker.runner import SPARE_PROMPTS  # noqa: E402
 from worker.sequence import Finished, Prompt  # noqa: E402
 
+DEVICE = platform.device()
 CHUNK_TOKENS = 512  # RADIXQ_PREFILL_CHUNK_TOKENS
 KV_BYTES = 8 << 30
 
@@ -131,7 +133,7 @@ class Uncached(Stock):
         outcome.tokens = _drain(generator, generator.insert([job.tokens for job in jobs]))
 
     def cost(self, jobs: list[Job], workload: Workload) -> dict[str, float]:
-        """Return CPU milliseconds of a prefilled and of a decoded token, and c, their ratio.
+        """Return milliseconds of a prefilled and of a decoded token, and c, their ratio.
 
         Decoded in a full batch after the question alone, so that reading a long prefix is not counted in.
         """
@@ -236,13 +238,13 @@ def _same_arrays(caches: list[KVCache]) -> list[KVCache]:
 
 
 def _median(times: int, work: Any) -> float:
-    """Return the median CPU seconds of a call, after one to warm up."""
+    """Return the median seconds of a call, after one to warm up."""
     work()
     seconds = []
     for _ in range(times):
-        began = time.process_time()
+        began = clock_s(DEVICE.kind)
         work()
-        seconds.append(time.process_time() - began)
+        seconds.append(clock_s(DEVICE.kind) - began)
     return float(np.median(seconds))
 
 
@@ -288,7 +290,7 @@ def main() -> None:
         if hasattr(contestant, "__exit__"):
             stack.enter_context(contestant)
         measure(contestant, workload.small(), seed=10_000)
-        print(json.dumps({"ready": name, "blas": BLAS.name}), file=answers)
+        print(json.dumps({"ready": name, "blas": BLAS.name, "device": asdict(DEVICE)}), file=answers)
         for line in sys.stdin:
             print(json.dumps(_answer(contestant, workload, json.loads(line))), file=answers)
     os._exit(0)  # mlx_lm.server's threads have no way to be asked to end

@@ -1,11 +1,20 @@
-"""CPU seconds of a process and all below it, on Linux and on a Mac. Knows nothing else."""
+"""The clocks: CPU seconds of a process and all below it, on Linux and on a Mac; which clock counts on which device."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+
+def clock_s(kind: str) -> float:
+    """Return the time that counts on a device of this kind: CPU seconds of this process, or on Metal the wall clock's.
+
+    CPU seconds bear other programs on the machine better, but a GPU's work is not among them.
+    """
+    return time.process_time() if kind == "cpu" else time.perf_counter()
 
 
 def tree_cpu_s(root: int) -> float:

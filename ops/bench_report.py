@@ -16,6 +16,7 @@ from bench_workloads import Workload
 BASE, RIGHT = "stock uncached", "mlx-lm one by one"
 _PACKAGES = ("mlx", "mlx-lm", "radixq", "rq", "redis", "numpy", "mkl")
 Figures = dict[str, Any]
+_CLOCKS = {"cpu_s": "CPU seconds", "wall_s": "seconds"}
 
 
 def heading(quick: bool) -> Figures:
@@ -33,6 +34,7 @@ def heading(quick: bool) -> Figures:
         "load_before": os.getloadavg(),
         "workloads": [],
         "parts": [],
+        "failures": [],
     }  # fmt: skip
 
 
@@ -47,7 +49,7 @@ def heading_text(result: Figures) -> str:
     )
 
 
-def summary(workload: Workload, outcomes: dict[str, list[Figures]], cost: Figures, blas: list[str]) -> Figures:
+def summary(workload: Workload, outcomes: dict[str, list[Figures]], cost: Figures, ready: list[Figures]) -> Figures:
     """Return one workload's figures; there may be nobody who finished it."""
     if not outcomes:
         return {"name": workload.name, "title": workload.title, "jobs": workload.num_jobs, "contestants": []}
@@ -56,10 +58,13 @@ def summary(workload: Workload, outcomes: dict[str, list[Figures]], cost: Figure
     sizes = {"prompt_tokens": first["prompt_tokens"], "distinct_tokens": first["distinct_tokens"]}
     bound = _limit(sizes, generated, cost.get("c", 1.0))
     right = outcomes.get(RIGHT, [None])[0]
+    device = next(iter(ready))["device"]
+    clock = "cpu_s" if device["kind"] == "cpu" else "wall_s"  # a GPU's work is not in CPU seconds
     return {
-        "name": workload.name, "title": workload.title, "jobs": workload.num_jobs, "blas": sorted(set(blas)),
-        **sizes, "generated_tokens": generated, **cost, "limit": bound, "limit_by_tokens": _limit(sizes, generated, 1),
-        "contestants": [_contestant(name, outcomes, right, bound) for name in outcomes],
+        "name": workload.name, "title": workload.title, "jobs": workload.num_jobs, "device": device["name"],
+        "blas": sorted({told["blas"] for told in ready}), "clock": clock, **sizes, "generated_tokens": generated,
+        **cost, "limit": bound, "limit_by_tokens": _limit(sizes, generated, 1),
+        "contestants": [_contestant(name, outcomes, right, bound, clock) for name in outcomes],
     }  # fmt: skip
 
 
@@ -71,7 +76,9 @@ def _limit(sizes: Figures, generated: int, c: float) -> float:
     return float((sizes["prompt_tokens"] + c * generated) / (sizes["distinct_tokens"] + c * generated))
 
 
-def _contestant(name: str, outcomes: dict[str, list[Figures]], right: Figures | None, bound: float) -> Figures:
+def _contestant(
+    name: str, outcomes: dict[str, list[Figures]], right: Figures | None, bound: float, clock: str
+) -> Figures:
     runs = outcomes[name]
     cpu, wall = [run["cpu_s"] for run in runs], [run["wall_s"] for run in runs]
     prompt, generated = runs[0]["prompt_tokens"], sum(map(len, runs[0]["tokens"]))
@@ -83,10 +90,10 @@ def _contestant(name: str, outcomes: dict[str, list[Figures]], right: Figures | 
         "hit_rate": float(np.median([run["cached_tokens"] for run in runs])) / prompt,
         "agreement": None if right is None else _agreement(runs[0], right),
     }  # fmt: skip
-    base = [run["cpu_s"] for run in outcomes.get(BASE, [])]
+    base, own = ([run[clock] for run in outcomes.get(who, [])] for who in (BASE, name))
     if base:
-        figures["times_stock"] = float(np.median(base) / np.median(cpu))
-        figures["interval"] = _interval(base, cpu) if min(len(base), len(cpu)) >= 3 else None
+        figures["times_stock"] = float(np.median(base) / np.median(own))
+        figures["interval"] = _interval(base, own) if min(len(base), len(own)) >= 3 else None
         figures["of_limit"] = figures["times_stock"] / bound
     return figures
 
@@ -119,11 +126,12 @@ def table(figures: Figures) -> str:
         return f"\n== {figures['name']}: {figures['title']}\nnobody finished it"
     head = (
         f"{figures['prompt_tokens']:,} prompt tokens ({figures['distinct_tokens']:,} distinct), "
-        f"{figures['generated_tokens']:,} generated, {figures['jobs']} jobs, BLAS {'/'.join(figures['blas'])}"
+        f"{figures['generated_tokens']:,} generated, {figures['jobs']} jobs, "
+        f"{figures['device']}, BLAS {'/'.join(figures['blas'])}"
     )
     if "c" in figures:
         head += (
-            f"\na decoded token costs c = {figures['c']:.2f} prefilled ones ({figures['prefill_ms']:.2f} CPU ms), so "
+            f"\na decoded token costs c = {figures['c']:.2f} prefilled ones ({figures['prefill_ms']:.2f} ms), so "
             f"R = {figures['limit']:.2f} (by token count {figures['limit_by_tokens']:.2f})"
         )
     columns = (
@@ -143,7 +151,8 @@ def table(figures: Figures) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
-    note = "\n* one run; x stock: CPU seconds of stock uncached over this, [95 % interval of pairs]"
+    clock = _CLOCKS[figures["clock"]]
+    note = f"\n* one run; x stock: {clock} of stock uncached over this, [95 % interval of pairs]"
     return f"\n== {figures['name']}: {figures['title']}\n{head}\n" + "\n".join(lines) + note
 
 
@@ -182,7 +191,7 @@ def _plain(value: Any) -> str:
 
 
 def plot(result: Figures, path: Path) -> None:
-    """Draw what CPU time each contestant needs, and what memory, workload by workload."""
+    """Draw what time each contestant needs, and what memory, workload by workload."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -196,7 +205,7 @@ def plot(result: Figures, path: Path) -> None:
         len(workloads), 2, figsize=(13, 0.9 + sum(heights)), squeeze=False, width_ratios=(5, 3), height_ratios=heights
     )
     for (left, right), workload in zip(axes, workloads, strict=True):
-        _cpu_bars(left, workload)
+        _time_bars(left, workload)
         _peak_bars(right, workload)
     machine, versions = result["machine"], result["versions"]
     figure.suptitle("radixq beside mlx-lm: the same jobs, the same model, one BLAS thread", fontsize=13, weight="bold")
@@ -207,15 +216,16 @@ def plot(result: Figures, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _cpu_bars(axis: Any, workload: Figures) -> None:
-    """Times less CPU than stock uncached; CPU seconds, where that did not run."""
+def _time_bars(axis: Any, workload: Figures) -> None:
+    """How many times sooner than stock uncached; where that did not run, the seconds."""
     contestants = list(reversed(workload["contestants"]))
     based = all("times_stock" in c for c in contestants)
-    values = [c["times_stock"] if based else c["cpu_s"]["median"] for c in contestants]
-    ends = [max(value, *_whisker(c, based)) for value, c in zip(values, contestants, strict=True)]
+    clock = workload["clock"]
+    values = [c["times_stock"] if based else c[clock]["median"] for c in contestants]
+    ends = [max(value, *_whisker(c, based, clock)) for value, c in zip(values, contestants, strict=True)]
     _barh(axis, contestants, values, [f" {value:.2f}x" if based else f" {value:.1f} s" for value in values], ends)
     for i, c in enumerate(contestants):
-        axis.plot(_whisker(c, based), [i, i], color="#222222", linewidth=1.5)
+        axis.plot(_whisker(c, based, clock), [i, i], color="#222222", linewidth=1.5)
     top = max(ends)
     if based:
         bound = workload["limit"]
@@ -223,12 +233,13 @@ def _cpu_bars(axis: Any, workload: Figures) -> None:
         axis.annotate(f"limit R = {bound:.1f} ", (bound, len(values) - 0.45), fontsize=8, color="#2a9d8f", ha="right")
         top = max(top, bound)
     axis.set_xlim(0, 1.12 * top)
-    measure = "times less CPU than stock uncached" if based else "CPU seconds, shorter is better"
+    word = _CLOCKS[clock]
+    measure = f"stock uncached's {word} over this" if based else f"{word}, shorter is better"
     axis.set_title(f"{workload['title']}: {measure}", fontsize=9, loc="left")
 
 
-def _whisker(c: Figures, based: bool) -> list[float]:
-    return list(c["interval"] or [c["times_stock"]] * 2) if based else [c["cpu_s"]["min"], c["cpu_s"]["max"]]
+def _whisker(c: Figures, based: bool, clock: str) -> list[float]:
+    return list(c["interval"] or [c["times_stock"]] * 2) if based else [c[clock]["min"], c[clock]["max"]]
 
 
 def _peak_bars(axis: Any, workload: Figures) -> None:
