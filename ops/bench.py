@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import bench_report as report
+from bench_cpu import tree_cpu_s
 from bench_workloads import QUICK, SMOLLM2, WORKLOADS, Shape, Workload, smollm2_path
 
 from worker import server
@@ -35,7 +36,8 @@ CONTESTANTS = (
 PARTS = ("attention", "step", "join", "tree", "slice", "latency")
 APART = ("pictures", "queue", "reading")  # parts with a process of their own
 QUEUE_MODEL = Shape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, inter=128, vocab=400)
-ANSWER_S, GRACE_S = 900, 10  # a contestant may hang: mlx_lm.server did, on few-shot
+STUCK_S, BUSY = 300, 0.02  # a contestant that takes less of a core than this for so long is taken for stuck
+GRACE_S = 10
 _ONE_THREAD = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 _SETTINGS = ("RADIXQ_", "RQ_", "MLX_")
 
@@ -68,9 +70,12 @@ class Child:
     def answer(self) -> dict[str, Any]:
         """Return the next answer."""
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
-            self._process.kill()
-            raise RuntimeError(f"{self.name} gave no answer in {ANSWER_S} s:\n{self._last_words()}")
+        spent = tree_cpu_s(self._process.pid)
+        while not select.select([self._process.stdout], [], [], STUCK_S)[0]:
+            before, spent = spent, tree_cpu_s(self._process.pid)
+            if spent - before < BUSY * STUCK_S:
+                self._process.kill()
+                raise RuntimeError(f"{self.name} did nothing for {STUCK_S} s:\n{self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{self._last_words()}")

@@ -24,6 +24,7 @@ from common import keys
 from producer import submit, submit_many
 
 OURS, STOCK = "bench_noop.NoopWorker", "rq.SimpleWorker"
+BLOCK_MS = 2000  # less than the client's own patience
 PAUSES_S = tuple(0.01 * number for number in range(7))  # between two jobs: not in step with the worker's own rhythm
 
 
@@ -55,7 +56,8 @@ def _overhead(whole: Whole, times: int) -> dict[str, Any]:
         time.sleep(PAUSES_S[number % len(PAUSES_S)])
         began = time.perf_counter()
         ticket = submit(prompt="t1 t2 t3", max_tokens=2, temperature=0.0)
-        whole.redis.xread({f"rq:results:{ticket.id}": "0-0"}, block=60_000)
+        while not whole.redis.xread({f"rq:results:{ticket.id}": "0-0"}, block=BLOCK_MS):
+            pass
         total = (time.perf_counter() - began) * 1e3
         status, *engine = whole.redis.hmget(keys.result(ticket.id), "status", "prefill_ms", "decode_ms")
         assert status == "finished", ticket.id
