@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
 from redis.retry import Retry
 from rq.job import Job
 from rq.queue import Queue
