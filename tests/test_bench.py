@@ -71,6 +71,45 @@ def _check_contestants(workload: dict[str, Any]) -> None:
     assert workload["limit"] > 1
 
 
+def outcome(seconds: float) -> dict[str, Any]:
+    return {
+        "tokens": [[1, 2]], "text_tokens": [[1, 2]], "as_text": False, "prompt_tokens": 10, "distinct_tokens": 5,
+        "cached_tokens": 5, "cpu_s": seconds, "wall_s": 10.0 - seconds, "peak_bytes": 1 << 20,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "ops"))
+    return importlib.import_module("bench_report")
+
+
+@pytest.mark.parametrize("names", [("batch_generate", "radixq engine"), ("stock uncached", "radixq engine")])
+def test_table_and_plot_do_without_contestants_that_did_not_run(
+    report: ModuleType, workloads: ModuleType, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    ready = [{"blas": "mkl", "device": {"kind": "cpu", "name": "a machine"}}]
+    outcomes = {name: [outcome(4.0), outcome(2.0), outcome(3.0)] for name in names}
+    figures = report.summary(workloads.QUICK["gsp-quick"], outcomes, {}, ready)
+    assert [contestant["cpu_s"]["median"] for contestant in figures["contestants"]] == [3.0, 3.0]
+    assert all(name in report.table(figures) for name in names)
+    report.plot({**report.heading(True), "workloads": [figures]}, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("kind", "times"), [("cpu", 2.0), ("metal", 8 / 6)])
+def test_on_metal_the_wall_clock_is_compared_since_cpu_seconds_hold_no_work_of_a_gpu(
+    report: ModuleType, workloads: ModuleType, kind: str, times: float
+) -> None:
+    ready = [{"blas": "accelerate", "device": {"kind": kind, "name": "a machine"}}]
+    outcomes = {"stock uncached": [outcome(4.0)], "radixq engine": [outcome(2.0)]}
+    if kind == "metal":
+        outcomes = {"stock uncached": [outcome(2.0)], "radixq engine": [outcome(4.0)]}
+    figures = report.summary(workloads.QUICK["gsp-quick"], outcomes, {}, ready)
+    assert figures["contestants"][1]["times_stock"] == pytest.approx(times)
+
+
 def test_a_wrong_name_is_answered_with_the_names_there_are() -> None:
     done = bench("--workload", "gsp-511")
     assert done.returncode == 2
