@@ -95,7 +95,7 @@ class QueuedJob(Job):
     @cached_property
     def started_job_registry(self) -> StartedJobRegistry:
         """RQ would make a new one at each of three looks per job, and that is slow."""
-        return cast(StartedJobRegistry, super().started_job_registry)  # type: ignore[no-untyped-call]
+        return cast(StartedJobRegistry, super().started_job_registry)
 
     @classmethod
     def fetch_many(cls, job_ids: Iterable[str], connection: Redis, serializer: Any = None) -> list[Job | None]:
