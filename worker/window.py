@@ -146,10 +146,10 @@ class Window:
 
         Tell the neighbours where this worker is, and read where they are.
         """
-        started = time.monotonic()
         if self._neighbourhood is not None:
             self._neighbourhood.tell(frozenset() if self.nothing_to_offer else self._plan.trail())
             self._plan.heed(self._neighbourhood.read())
+        started = time.monotonic()
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.time()
             for key in self.queue_keys:
