@@ -26,7 +26,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, PromptTrie  # noqa: E402
 from mlx_lm.utils import _get_classes  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
-from worker import attention  # noqa: E402
+from worker import attention, hook  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.kv import KV, Batch, Path  # noqa: E402
@@ -101,10 +101,10 @@ def attend(size: Size, runs: int) -> Figures:
 def step(size: Size, runs: int) -> Figures:
     """A whole decode step of a model: `BatchKVCache` with copied prefixes, and our batch."""
     model = _model(size)
-    attention.install(model)
+    hook.install(model)
     prefix = _prefix(size)
     stock = [BatchKVCache.merge([_stock_row(*layer, size.tail)] * size.rows) for layer in prefix]
-    batch = Batch(size.layers, exact=False)
+    batch = Batch(size.layers)
     batch.open([Path([(KV(prefix), size.prefix)])] * size.rows)
     tail = np.ones((size.rows, size.tail), np.int32)
     mx.eval(batch.forward(model, tail, [size.tail] * size.rows))
@@ -220,9 +220,9 @@ def cached(size: Size, times: int) -> Figures:
         began = time.perf_counter()
         found = kept.match(prompts[number % len(prompts)])
         kept.lock(found.node)
-        batch = Batch(size.layers, exact=False)
+        batch = Batch(size.layers)
         batch.open([Path([(step.payload, len(step.tokens)) for step in found.node.path()])])
-        assert batch.plan.segments
+        assert batch.division.shares
         spent.append((time.perf_counter() - began) * 1e3)
         kept.release(found.node)
     p50, p99 = (float(x) for x in np.percentile(spent, [50, 99]))
@@ -280,7 +280,7 @@ def _engine(size: Size) -> Engine:
         num_layers=size.layers, kv_bytes_per_token=size.layers * size.kv_heads * size.head_dim * 8, state_bytes=0,
         context_length=32_768, vocab_size=1000, cache_kind="plain", eos_token_ids=frozenset(), notes=(),
     )  # fmt: skip
-    attention.install(loaded.model)
+    hook.install(loaded.model)
     return Engine(loaded, Limits(32, CHUNK_TOKENS, KV_BYTES), exact=False)
 
 
@@ -309,7 +309,7 @@ def _filled(kv: KV, size: Size, rows: int) -> Batch:
             layer.update_and_fetch(new, new)
         return mx.zeros((rows, 1, 1))
 
-    batch = Batch(size.layers, exact=False)
+    batch = Batch(size.layers)
     batch.open([Path([(kv, size.prefix)])] * rows)
     batch.forward(write, np.zeros((rows, size.tail), np.int32), [size.tail] * rows)
     batch.evaluate()

@@ -132,7 +132,7 @@ class Runner:
         # only now: what comes with mlx must find the BLAS that was opened first
         import mlx.core as mx
 
-        from worker import model, probe
+        from worker import crossover, model, probe
         from worker.cache import WAYS, Limits
         from worker.engine import Engine
 
@@ -144,7 +144,10 @@ class Runner:
         budget = _kv_budget(settings, loaded, device.working_set_bytes, mx.get_active_memory())
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget)
         way = probe.reuse(loaded.model, loaded.context_length)
-        engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
+        measured = crossover.UNMEASURED
+        if way == "shared" and not settings.exact:
+            measured = crossover.at_load(loaded.model, settings.home, crossover.key(device, blas))
+        engine = Engine(loaded, limits, exact=settings.exact, reuse=way, crossover=measured)
         self._stats = engine.stats()
         notes = (
             *loaded.notes,

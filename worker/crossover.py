@@ -1,0 +1,253 @@
+"""Measure at load which form of attention is fastest for how many rows and tokens, and choose by it. Knows no job.
+
+A small table for the shape of one model's heads on the device at hand, kept in a file for the next start. Times are
+wall clock, the best of a few, since a device may be busy. A form must be clearly faster than the merged one to be
+chosen: that one needs no copies, and keeps what is not finite within its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from common.log import logger
+from worker.attention import Shared
+from worker.forms import FORMS, Division, always
+
+COPIES = "copies"
+"""What a form is compared with: plain attention over a copy of the prefix per row. Never used, only measured."""
+CLEARLY = 0.9  # of the time of what it would replace
+BUDGET_S = 1.0  # for all measurements; what does not fit goes by the nearest that did
+TAIL_TOKENS = 64
+DECODE = [(1, 1, 64), (4, 1, 64), (1, 1, 512), (16, 1, 64), (4, 1, 512), (1, 1, 2048), (16, 1, 512), (4, 1, 2048)]
+PREFILL = [(1, 64, 512), (1, 64, 2048)]
+_ERROR = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}  # of values of about 1
+
+log = logger("worker.crossover")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What the time of attention depends on, besides rows and tokens."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Milliseconds by form for `rows` rows with `new_tokens` each, over one segment of `tokens`."""
+
+    rows: int
+    new_tokens: int
+    tokens: int
+    ms: Mapping[str, float]
+
+    @property
+    def best(self) -> str:
+        """The form to use."""
+        fastest = min((name for name in self.ms if name in FORMS), key=self.ms.__getitem__, default="merged")
+        return fastest if self.ms[fastest] < CLEARLY * self.ms.get("merged", math.inf) else "merged"
+
+    @property
+    def copies_win(self) -> bool:
+        """Whether per-row copies would be clearly faster, had they nothing else against them."""
+        return self.ms.get(COPIES, math.inf) < CLEARLY * self.ms[self.best]
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """A choice of form by what was measured nearest; the merged form where nothing was."""
+
+    points: tuple[Point, ...] = ()
+
+    def __call__(self, rows: int, new_tokens: int, tokens: int) -> str:
+        """Return the name of the form for a segment; a `worker.forms.Choose`."""
+
+        def distance(point: Point) -> float:
+            return abs(math.log(point.rows / rows)) + abs(math.log(point.tokens / max(1, tokens)))
+
+        alike = [point for point in self.points if (point.new_tokens == 1) == (new_tokens == 1)]
+        return min(alike, key=distance).best if alike else "merged"
+
+    @property
+    def words(self) -> str:
+        """Say what it chooses, for the metrics: `merged from 4 rows x 64 tokens, else packed`."""
+        decode = [point for point in self.points if point.new_tokens == 1]
+        prefill = sorted({point.best for point in self.points if point.new_tokens > 1} - {"merged"})
+        said = [_regions(decode), *(f"{name} in prefill" for name in prefill)]
+        if slower := [f"{point.rows}x{point.tokens}" for point in sorted(decode, key=_size) if point.copies_win]:
+            said.append(f"slower than copies at {' '.join(slower)}")
+        return "; ".join(said)
+
+
+UNMEASURED = Crossover()
+
+
+def _size(point: Point) -> tuple[int, int]:
+    return point.rows, point.tokens
+
+
+def _regions(points: list[Point]) -> str:
+    """Say which form is chosen where: one of two from some size on, or the exceptions one by one."""
+    chosen = {_size(point): point.best for point in sorted(points, key=_size)}
+    usual = chosen[max(chosen, key=math.prod)] if chosen else "merged"
+    others = {size: name for size, name in chosen.items() if name != usual}
+    if not others:
+        return usual
+    kept = [size for size in chosen if size not in others]
+    rows, tokens = (min(values) for values in zip(*kept, strict=True))
+    if len(set(others.values())) == 1 and not any(r >= rows and t >= tokens for r, t in others):
+        return f"{usual} from {rows} rows x {tokens} tokens, else {next(iter(others.values()))}"
+    return f"{usual}, but " + ", ".join(f"{name} at {r}x{t}" for (r, t), name in others.items())
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def head_shape(model: Any) -> HeadShape | None:
+    """Return the shape of a hooked model's heads, without computing anything; None if no layer shows it."""
+    seen: list[HeadShape] = []
+
+    class Watching(KVCache):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+        def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
+            dtype = str(keys.dtype).removeprefix("mlx.core.")
+            seen.append(HeadShape(queries.shape[1], keys.shape[1], keys.shape[3], values.shape[3], dtype))
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, **options)
+
+    model(mx.array([[0]]), cache=[Watching() for _ in make_prompt_cache(model)])
+    return max(seen, key=seen.count, default=None)
+
+
+def measure(shape: HeadShape, *, budget_s: float = BUDGET_S) -> Crossover:
+    """Time every form at sizes of growing cost, until the budget is spent."""
+    began, points = time.perf_counter(), list[Point]()
+    cost, spent = 0.0, 0.0  # seconds per token attended to, at the last point
+    for rows, new_tokens, tokens in sorted([*DECODE, *PREFILL], key=lambda size: math.prod(size)):
+        work = rows * new_tokens * (tokens + TAIL_TOKENS)
+        if points and spent + cost * work > budget_s:
+            break
+        points.append(Point(rows, new_tokens, tokens, _times(shape, rows, new_tokens, tokens)))
+        cost, spent = (time.perf_counter() - began - spent) / work, time.perf_counter() - began
+    mx.clear_cache()
+    return Crossover(tuple(points))
+
+
+def _times(shape: HeadShape, rows: int, new_tokens: int, tokens: int, runs: int = 2) -> dict[str, float]:
+    """Return the milliseconds of every form that gives what copies give; the best of `runs` after one to warm up."""
+    attends = _attends(shape, rows, new_tokens, tokens)
+    right, ms = attends[COPIES](), dict.fromkeys(attends, math.inf)
+    mx.eval(right)
+    for name, attend in list(attends.items()):
+        off = float(mx.max(mx.abs(attend() - right)))
+        if not off <= _ERROR[shape.dtype]:  # NaN is not
+            log.warning("a form of attention is off", extra={"form": name, "off": off})
+            del attends[name], ms[name]
+    for _ in range(runs):
+        for name, attend in attends.items():
+            began = time.perf_counter()
+            mx.eval(attend())
+            ms[name] = min(ms[name], (time.perf_counter() - began) * 1e3)
+    return ms
+
+
+def _attends(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[str, Callable[[], mx.array]]:
+    """Return calls that attend with random values: over copies, and in each form that is for such a step."""
+    dtype: mx.Dtype = getattr(mx, shape.dtype)
+    keys = iter(mx.random.split(mx.random.key(0), 5))
+
+    def random(*sizes: int) -> mx.array:
+        return mx.random.normal(sizes, key=next(keys)).astype(dtype)
+
+    widths, scale = (shape.head_dim, shape.value_dim), shape.head_dim**-0.5
+    queries = random(rows, shape.heads, new_tokens, shape.head_dim)
+    segment = tuple(random(1, shape.kv_heads, tokens, width) for width in widths)
+    tails = tuple(random(rows, shape.kv_heads, TAIL_TOKENS, width) for width in widths)
+    copies = [mx.concatenate([mx.repeat(x, rows, axis=0), y], axis=2) for x, y in zip(segment, tails, strict=True)]
+    mx.eval(queries, segment, tails, copies)
+    shared: list[Shared] = [([(segment[0], segment[1])], range(rows))]
+    attends: dict[str, Callable[[], mx.array]] = {
+        COPIES: lambda: mx.fast.scaled_dot_product_attention(queries, *copies, scale=scale)
+    }
+    for name, form in FORMS.items():
+        if form.decodes if new_tokens == 1 else form.prefills:
+            division = Division(shared, rows, always(name), new_tokens)
+            attends[name] = partial(division.attend, queries, tails[0], tails[1], 0, mask=None, scale=scale)
+    return attends
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def at_load(model: Any, home: Path, device: str) -> Crossover:
+    """Return what was measured for a hooked model's heads on this device, measuring now if nobody did before.
+
+    `device` names everything that times depend on: hardware, BLAS, version of MLX.
+    """
+    shape = head_shape(model)
+    if shape is None:
+        return Crossover()
+    path = _file(home, device, shape)
+    if (known := _read(path, device, shape)) is not None:
+        return known
+    found = measure(shape)
+    _write(path, {"device": device, "shape": asdict(shape), "points": [asdict(point) for point in found.points]})
+    return found
+
+
+def known(model: Any, home: Path, device: str) -> dict[str, str]:
+    """Return what was measured before for a hooked model's heads, in words, by the KV's type. Measures nothing."""
+    shape = head_shape(model)
+    dtypes: Iterable[str] = _ERROR if shape else ()
+    shapes = {dtype: HeadShape(**{**asdict(shape), "dtype": dtype}) for dtype in dtypes if shape}
+    found = {dtype: _read(_file(home, device, like), device, like) for dtype, like in shapes.items()}
+    return {dtype: crossover.words for dtype, crossover in found.items() if crossover is not None}
+
+
+def _file(home: Path, device: str, shape: HeadShape) -> Path:
+    name = hashlib.sha256(json.dumps([device, asdict(shape)]).encode()).hexdigest()[:16]
+    return home / "crossover" / f"{name}.json"
+
+
+def _read(path: Path, device: str, shape: HeadShape) -> Crossover | None:
+    """Return the table of a file, or None if there is none, or if it is damaged or somebody else's."""
+    try:
+        held = json.loads(path.read_text())
+        if (held["device"], held["shape"]) != (device, asdict(shape)):
+            return None
+        points = tuple(
+            Point(int(p["rows"]), int(p["new_tokens"]), int(p["tokens"]), dict(p["ms"])) for p in held["points"]
+        )
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None
+    sizes = [n for p in points for n in (p.rows, p.new_tokens, p.tokens)]
+    times = [ms for p in points for ms in p.ms.values()]
+    sound = all(n > 0 for n in sizes) and all(isinstance(ms, int | float) and 0 < ms < math.inf for ms in times)
+    return Crossover(points) if points and sound and all("merged" in p.ms for p in points) else None
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Replace the file as a whole; without it the next start measures again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(content, indent=1))
+        fresh.replace(path)
