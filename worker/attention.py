@@ -40,7 +40,7 @@ Layers = Sequence[tuple[mx.array, mx.array]]
 Shared = tuple[Layers, Sequence[int]]  # a segment and the rows that read it, ascending
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """K and V that several rows share, and who they are.
 
