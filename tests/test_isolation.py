@@ -67,9 +67,8 @@ def broken(run: Bench, part: str, value: float, columns: slice, times: int) -> l
 
 
 def ran(form: str) -> Bench:
-    return bench(
-        tiny(), exact=form == "exact", crossover=fastest(form) if form in FORMS else fastest("merged"), **options
-    )
+    crossover = fastest(form if form in FORMS else "merged")
+    return bench(tiny(), exact=form == "exact", crossover=crossover)
 
 
 def answers_are_right(run: Bench, prompts: dict[str, Prompt]) -> None:
