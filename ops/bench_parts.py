@@ -26,9 +26,10 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, PromptTrie  # noqa: E402
 from mlx_lm.utils import _get_classes  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
-from worker import attention, hook  # noqa: E402
+from worker import crossover, hook  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
+from worker.forms import FORMS, Division, always  # noqa: E402
 from worker.kv import KV, Batch, Path  # noqa: E402
 from worker.model import LoadedModel  # noqa: E402
 from worker.radix import RadixTree  # noqa: E402
@@ -84,18 +85,22 @@ def attend(size: Size, runs: int) -> Figures:
         mx.concatenate([mx.broadcast_to(x, (b, *x.shape[1:])), y], axis=2) for x, y in zip(shared, tails, strict=True)
     ]
     mx.eval(queries, shared, tails, copied)
-    plan = attention.Plan([([tuple(shared)], range(b))], b)
-    ours = {"merged": attention.merged, "packed": attention.packed}
+    ours = [name for name, form in FORMS.items() if form.decodes]
     work: dict[str, Callable[[], Any]] = {
         "copied": lambda: mx.fast.scaled_dot_product_attention(queries, *copied, scale=d**-0.5, mask=None)
     }
-    for name, form in ours.items():
-        work[name] = lambda form=form: form(queries, *tails, plan, 0, mask=None, scale=d**-0.5)
+    for name in ours:
+        division = Division([([tuple(shared)], range(b))], b, always(name), 1)
+        work[name] = lambda division=division: division.attend(queries, *tails, 0, mask=None, scale=d**-0.5)
     right = work["copied"]()
     errors = {f"{name}_error": float(mx.max(mx.abs(work[name]() - right))) for name in ours}
     ms = medians(interleaved(work, runs))
     times = {f"{name}_times_faster": ms["copied"] / ms[name] for name in ours}
-    return {"size": size.words, "cpu_ms": ms, **times, **errors}
+    began = time.perf_counter()
+    measured = crossover.measure(crossover.HeadShape(size.heads, size.kv_heads, d, d, "float32"))
+    took = time.perf_counter() - began
+    chosen = {"chosen": measured(b, 1, p), "crossover": measured.words, "crossover_s": took}
+    return {"size": size.words, "cpu_ms": ms, **times, **errors, **chosen}
 
 
 def step(size: Size, runs: int) -> Figures:
@@ -119,7 +124,7 @@ def step(size: Size, runs: int) -> Figures:
     )
     ms, part = medians(spent), attend(size, runs)
     share = min(1.0, part["cpu_ms"]["copied"] * size.layers / ms["stock"])
-    operator = part["merged_times_faster"]
+    operator = part["merged_times_faster"]  # the form that the batch has been in
     expected = 1 / (1 - share + share / operator)
     faster = ms["stock"] / ms["radixq"]
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_the_fastest_form_of_the_nearest_point_is_chosen() -> None:
 
 
 def test_a_form_must_be_clearly_faster_than_the_merged_one() -> None:
-    assert point(1, 64, merged=1.0, packed=0.95).best == "merged"
+    assert point(1, 64, merged=1.0, packed=0.9).best == "merged"
     assert point(1, 64, merged=1.0, packed=0.8).best == "packed"
 
 
@@ -108,7 +109,8 @@ def test_every_form_is_measured_on_this_machine(dtype: str) -> None:
     found = measure(HeadShape(4, 2, 16, 16, dtype), budget_s=math.inf)
     decode = [p for p in found.points if p.new_tokens == 1]
     prefill = [p for p in found.points if p.new_tokens > 1]
-    assert {frozenset(p.ms) for p in decode} == {frozenset({COPIES, "merged", "packed", "virtual"})}
+    assert {frozenset(p.ms) for p in decode if p.tokens > 64} == {frozenset({COPIES, "merged", "packed", "virtual"})}
+    assert {frozenset(p.ms) for p in decode if p.tokens == 64} == {frozenset({COPIES, "merged", "packed"})}
     assert {frozenset(p.ms) for p in prefill} == {frozenset({COPIES, "merged", "alone"})}
     assert all(0 < ms < math.inf for p in found.points for ms in p.ms.values())
     assert found(8, 1, 1000) in FORMS
@@ -127,11 +129,11 @@ def test_measuring_leaves_the_random_state_alone() -> None:
 
 
 def test_a_form_that_gives_something_else_than_copies_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = FORMS["virtual"]
-    off = type(wrong)(lambda *a, **k: wrong.attend(*a, **k) + 1, wrong.together, isolates=False, decodes=True)
-    monkeypatch.setitem(FORMS, "virtual", off)
+    right = FORMS["packed"]
+    wrong = replace(right, attend=lambda *arrays, **options: right.attend(*arrays, **options) + 1)
+    monkeypatch.setitem(FORMS, "packed", wrong)
     found = measure(SMALL, budget_s=0.0)
-    assert set(found.points[0].ms) == {COPIES, "merged", "packed"}
+    assert set(found.points[0].ms) == {COPIES, "merged"}
 
 
 def test_the_shape_of_a_models_heads_is_read_without_computing_anything(held_bytes: Callable[[], int]) -> None:

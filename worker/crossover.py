@@ -1,8 +1,8 @@
 """Measure at load which form of attention is fastest for how many rows and tokens, and choose by it. Knows no job.
 
 A small table for the shape of one model's heads on the device at hand, kept in a file for the next start. Times are
-wall clock, the best of a few, since a device may be busy. A form must be clearly faster than the merged one to be
-chosen: that one needs no copies, and keeps what is not finite within its row.
+the best of a few, since a device may be busy. A form must be clearly faster than the merged one to be chosen: that one
+needs no copies, and keeps what is not finite within its row.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from worker.forms import FORMS, Division, always
 
 COPIES = "copies"
 """What a form is compared with: plain attention over a copy of the prefix per row. Never used, only measured."""
-CLEARLY = 0.9  # of the time of what it would replace
+CLEARLY = 0.85  # of the time of what it would replace
 BUDGET_S = 1.0  # for all measurements; what does not fit goes by the nearest that did
+POINT_S, MIN_RUNS, MAX_RUNS = 0.05, 2, 8  # as many runs as fit into this time, within bounds
 TAIL_TOKENS = 64
 DECODE = [(1, 1, 64), (4, 1, 64), (1, 1, 512), (16, 1, 64), (4, 1, 512), (1, 1, 2048), (16, 1, 512), (4, 1, 2048)]
 PREFILL = [(1, 64, 512), (1, 64, 2048)]
@@ -139,20 +140,23 @@ def head_shape(model: Any) -> HeadShape | None:
 
 def measure(shape: HeadShape, *, budget_s: float = BUDGET_S) -> Crossover:
     """Time every form at sizes of growing cost, until the budget is spent."""
-    began, points = time.perf_counter(), list[Point]()
-    cost, spent = 0.0, 0.0  # seconds per token attended to, at the last point
-    for rows, new_tokens, tokens in sorted([*DECODE, *PREFILL], key=lambda size: math.prod(size)):
-        work = rows * new_tokens * (tokens + TAIL_TOKENS)
-        if points and spent + cost * work > budget_s:
+    until, points = time.perf_counter() + budget_s, list[Point]()
+    for size in sorted([*DECODE, *PREFILL], key=math.prod):
+        if points and time.perf_counter() + _expected_s(points[-1], math.prod(size)) > until:
             break
-        points.append(Point(rows, new_tokens, tokens, _times(shape, rows, new_tokens, tokens)))
-        cost, spent = (time.perf_counter() - began - spent) / work, time.perf_counter() - began
+        points.append(Point(*size, _times(shape, *size)))
     mx.clear_cache()
     return Crossover(tuple(points))
 
 
-def _times(shape: HeadShape, rows: int, new_tokens: int, tokens: int, runs: int = 2) -> dict[str, float]:
-    """Return the milliseconds of every form that gives what copies give; the best of `runs` after one to warm up."""
+def _expected_s(last: Point, work: int) -> float:
+    """Return how long a point of so much work takes at least: its arrays are made, and every form runs."""
+    once = sum(last.ms.values()) / 1e3 * work / math.prod((last.rows, last.new_tokens, last.tokens))
+    return (2 + MIN_RUNS) * once
+
+
+def _times(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[str, float]:
+    """Return the milliseconds of every form that gives what copies give; the first call of each warms up."""
     attends = _attends(shape, rows, new_tokens, tokens)
     right, ms = attends[COPIES](), dict.fromkeys(attends, math.inf)
     mx.eval(right)
@@ -161,11 +165,14 @@ def _times(shape: HeadShape, rows: int, new_tokens: int, tokens: int, runs: int 
         if not off <= _ERROR[shape.dtype]:  # NaN is not
             log.warning("a form of attention is off", extra={"form": name, "off": off})
             del attends[name], ms[name]
-    for _ in range(runs):
+    clock = time.process_time if mx.default_device().type == mx.DeviceType.cpu else time.perf_counter
+    until, runs = time.perf_counter() + POINT_S, 0
+    while runs < MIN_RUNS or (runs < MAX_RUNS and time.perf_counter() < until):
         for name, attend in attends.items():
-            began = time.perf_counter()
+            began = clock()
             mx.eval(attend())
-            ms[name] = min(ms[name], (time.perf_counter() - began) * 1e3)
+            ms[name] = min(ms[name], (clock() - began) * 1e3)
+        runs += 1
     return ms
 
 
@@ -188,7 +195,7 @@ def _attends(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[
         COPIES: lambda: mx.fast.scaled_dot_product_attention(queries, *copies, scale=scale)
     }
     for name, form in FORMS.items():
-        if form.decodes if new_tokens == 1 else form.prefills:
+        if tokens >= form.least_tokens and (form.decodes if new_tokens == 1 else form.prefills):
             division = Division(shared, rows, always(name), new_tokens)
             attends[name] = partial(division.attend, queries, tails[0], tails[1], 0, mask=None, scale=scale)
     return attends

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from worker.attention import Plan, Shared, merged, packed, virtual
+from worker.attention import PRODUCT_TOKENS, Plan, Shared, merged, packed, virtual
 
 Choose = Callable[[int, int, int], str]
 """From a segment's readers, new tokens per reader, and tokens to the name of a form."""
@@ -42,6 +42,7 @@ class Form:
         together: rows with the same value of it, given a row's number and its segments', are computed in one go.
         isolates: whether what is not finite in one row stays in that row.
         decodes, prefills: whether it is worth measuring for one new token per row, and for more.
+        least_tokens: of a segment, below which it is the same as another form.
     """
 
     attend: Attend
@@ -49,11 +50,12 @@ class Form:
     isolates: bool
     decodes: bool = False
     prefills: bool = False
+    least_tokens: int = 1
 
 
 FORMS: dict[str, Form] = {
     "merged": Form(merged, lambda row, path: None, isolates=True, decodes=True, prefills=True),
-    "virtual": Form(virtual, lambda row, path: None, isolates=False, decodes=True),
+    "virtual": Form(virtual, lambda row, path: None, isolates=False, decodes=True, least_tokens=PRODUCT_TOKENS),
     "packed": Form(packed, lambda row, path: path, isolates=False, decodes=True),
     "alone": Form(packed, lambda row, path: row, isolates=True, prefills=True),
 }
