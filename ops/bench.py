@@ -32,6 +32,7 @@ CONTESTANTS = (
     "mlx-lm one by one", "batch_generate", BASE, "stock, KV copied", "mlx_lm.server", "radixq engine", "radixq whole",
 )  # fmt: skip
 PARTS = ("attention", "step", "join", "tree", "slice", "latency")
+APART = ("queue", "precision")  # parts with a process of their own; the last only when named, it takes minutes
 QUEUE_MODEL = Shape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, inter=128, vocab=400)
 ANSWER_S, GRACE_S = 900, 10  # a contestant may hang: mlx_lm.server did, on few-shot
 _ONE_THREAD = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
@@ -160,8 +161,10 @@ class Bench:
     def parts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Measure parts one after the other."""
         quick = "quick" if self._quick else "full"
-        inside = [name for name in names if name != "queue"]
+        inside = [name for name in names if name in PARTS]
         runs = [("bench_parts.py", quick, *inside)] if inside else []
+        if "precision" in names:
+            runs.append(("bench_precision.py", quick))
         if "queue" in names:
             runs.append(("bench_queue.py", self.model(QUEUE_MODEL), quick))
         for argv in runs:
@@ -200,7 +203,7 @@ def _started(quick: bool) -> Iterator[Bench]:
 
 
 def _arguments() -> argparse.Namespace:
-    every = [*WORKLOADS, *QUICK, *PARTS, "queue"]
+    every = [*WORKLOADS, *QUICK, *PARTS, *APART]
     parser = argparse.ArgumentParser(prog="ops/bench", description="Measure radixq beside mlx-lm.")
     parser.add_argument("--workload", nargs="+", choices=every, metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, metavar="NAME",
@@ -224,8 +227,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     names = arguments.workload or [*(["gsp-quick"] if arguments.quick else WORKLOADS), *PARTS, "queue"]
-    workloads = [{**WORKLOADS, **QUICK}[name] for name in names if name not in (*PARTS, "queue")]
-    if any(workload.model == SMOLLM2 for workload in workloads) and not smollm2_path().exists():
+    workloads = [{**WORKLOADS, **QUICK}[name] for name in names if name not in (*PARTS, *APART)]
+    real = "precision" in names or any(workload.model == SMOLLM2 for workload in workloads)
+    if real and not smollm2_path().exists():
         print(f"bench: {smollm2_path()} is not there: ./ops/bench fetches it", file=sys.stderr)
         return 1
     chosen = [name for name in CONTESTANTS if name in arguments.contestant]
@@ -238,7 +242,7 @@ def main() -> int:
                 runs = arguments.runs or (2 if arguments.quick else workload.runs)
                 result["workloads"].append(bench.workload(workload, chosen, runs))
                 print(report.table(result["workloads"][-1]), flush=True)
-            for figures in bench.parts([name for name in names if name in (*PARTS, "queue")]):
+            for figures in bench.parts([name for name in names if name in (*PARTS, *APART)]):
                 result["parts"].append(figures)
             print(report.parts_text(result["parts"]), flush=True)
             result["failures"] = bench.failures

@@ -84,13 +84,11 @@ class Tails:
 
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of one row to another row."""
-        for x in self._arrays():
-            x[target, :, :columns] = x[source, :, :columns]
+        self._put(target, [x[source : source + 1, :, :columns] + 0 for x in self._arrays()])
 
     def drop_front(self, row: int, count: int, stop: int) -> None:
         """Move columns [count, stop) of a row to its beginning."""
-        for x in self._arrays():
-            x[row, :, : stop - count] = x[row, :, count:stop]
+        self._put(row, [x[row : row + 1, :, count:stop] + 0 for x in self._arrays()])
 
     def wipe(self, row: int) -> None:
         """Zero a row."""
@@ -109,6 +107,12 @@ class Tails:
         layers = [pair for pair in self._layers if pair]
         fits = bool(layers) and layers[0][0].shape[0] == 1 and layers[0][0].shape[2] == columns
         return layers if fits else None
+
+    def _put(self, row: int, lines: list[mx.array]) -> None:
+        """Overwrite the beginning of a row. MLX copies a buffer that is read and written in one go: first evaluate."""
+        mx.eval(lines)
+        for x, line in zip(self._arrays(), lines, strict=True):
+            x[row : row + 1, :, : line.shape[2]] = line
 
     def _arrays(self) -> list[mx.array]:
         return [x for pair in self._layers if pair for x in pair]
