@@ -88,7 +88,7 @@ def went_alone(run: Bench, prompts: dict[str, Prompt]) -> set[str]:
         for event in run.engine.step():
             assert isinstance(event, Finished | Failed)
             run.ended[event.id] = event
-        again |= {row.id for row in run.engine._intake.retries}
+        again |= {row.id for row in run.engine._intake.line if row.company is not None}
         run.engine.check()
     return again
 

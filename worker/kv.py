@@ -167,9 +167,10 @@ class Batch:
         Buffers that have to grow for it are copied, and the old ones dropped, layer by layer. If it raises, this
         batch still has its rows and no others.
         """
-        first, paths, lengths = len(self), [*self.paths, *other.paths], [*self.lengths, *other.lengths]
-        self._most_columns = columns
-        self._tails.join(other._tails, len(lengths), max(lengths), self._width(max(lengths), paths), first)
+        paths, lengths = [*self.paths, *other.paths], [*self.lengths, *other.lengths]
+        self._most_columns, widest = columns, max(lengths)
+        width = self._width(widest, paths)
+        self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), widest, width)
         self.open(other.paths)
         self.lengths = lengths
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+Pair = tuple[mx.array, mx.array]  # keys and values
+
 
 class Tails:
     """Keys and values [rows, N, columns, D] per layer, tails left-aligned:
@@ -16,12 +18,12 @@ class Tails:
         row 0     a b c . . .
         row 1     d e f g h .        . = free column
 
-    Who uses it knows how long each tail is. A change copies the line it is about, never a whole buffer, but for
-    `reserve`.
+    Who uses it knows how long each tail is. A change copies the line it is about; whole buffers are copied where they
+    must grow or shrink, at most one layer at a time.
     """  # fmt: skip
 
     def __init__(self, num_layers: int) -> None:
-        self._layers: list[tuple[mx.array, mx.array] | None] = [None] * num_layers
+        self._layers: list[Pair | None] = [None] * num_layers
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -39,29 +41,49 @@ class Tails:
         """Give all buffers up."""
         self._layers = [None] * len(self._layers)
 
-    def reserve(self, rows: int, columns: int, spare: int, like: Tails | None = None) -> None:
-        """Grow the buffers to `rows` x `columns` and `spare` more columns, or shrink them when most of it is unused.
+    def holds(self, rows: int, columns: int) -> bool:
+        """Whether there is room for so many rows and columns."""
+        held = self._layers[0]
+        return held is not None and held[0].shape[0] >= rows and held[0].shape[2] >= columns
 
-        A layer without buffers gets them in the form of `like`'s.
+    def reserve(self, rows: int, columns: int, width: int) -> None:
+        """Make room for `rows` x `columns`; buffers too small for it, or mostly unused, become `width` columns wide."""
+        for layer, held in enumerate(self._layers):
+            if held:
+                self._reserve_layer(layer, rows, columns, width, like=held)
+
+    def join(self, other: Tails, taken: int, first: int, rows: int, columns: int, width: int) -> None:
+        """Copy the first `taken` columns of another's rows to rows [first, rows), and reserve as `reserve` does.
+
+        A layer that grows for it is evaluated, and the other's dropped, before the next: so no more than one layer
+        is held twice.
         """
-        for i, tails in enumerate(self._layers):
-            source = tails or (like._layers[i] if like else None)
-            if source is None:
+        for layer, theirs in enumerate(other._layers):
+            if theirs is None:
                 continue
-            held = tails[0].shape if tails else (0, 0, 0, 0)
-            if held[0] >= rows and columns <= held[2] <= 2 * columns + 16 and held[0] <= 2 * rows:
-                continue
-            width = columns + spare
-            fresh = (_empty(source[0], rows, width), _empty(source[1], rows, width))
-            if tails:
-                keep_rows, keep = min(held[0], rows), min(held[2], width)
-                for target, old in zip(fresh, tails, strict=True):
-                    target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
-            self._layers[i] = fresh
+            grew = self._reserve_layer(layer, rows, columns, width, like=theirs)
+            mine = self._layers[layer]
+            assert mine is not None
+            for target, source in zip(mine, theirs, strict=True):
+                target[first:rows, :, :taken] = source[: rows - first, :, :taken]
+            if grew:
+                mx.eval(mine)
+                other._layers[layer] = None
 
-    def write(
-        self, layer: int, new: tuple[mx.array, mx.array], starts: Sequence[int], columns: int
-    ) -> tuple[mx.array, mx.array]:
+    def _reserve_layer(self, layer: int, rows: int, columns: int, width: int, *, like: Pair) -> bool:
+        held = self._layers[layer]
+        held_rows, held_columns = (held[0].shape[0], held[0].shape[2]) if held else (0, 0)
+        if rows <= held_rows <= 2 * rows and columns <= held_columns <= 2 * columns + 16:
+            return False
+        fresh = (_empty(like[0], rows, width), _empty(like[1], rows, width))
+        if held:
+            keep_rows, keep = min(held_rows, rows), min(held_columns, width)
+            for target, old in zip(fresh, held, strict=True):
+                target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
+        self._layers[layer] = fresh
+        return True
+
+    def write(self, layer: int, new: Pair, starts: Sequence[int], columns: int) -> Pair:
         """Put new tokens [B, N, L, D] behind each row's first `starts[b]`; return views of the tails, [B, N, S, D].
 
         `columns` is how many a new buffer has. Rows that begin at different columns take one token.
@@ -77,11 +99,6 @@ class Tails:
                 target[mx.arange(rows), :, mx.array(list(starts))] = added[:, :, 0]
         return tails[0][:rows, :, :end], tails[1][:rows, :, :end]
 
-    def append(self, first: int, other: Tails, rows: int, columns: int) -> None:
-        """Copy the first columns of another's rows to the rows from `first` on; they must be reserved."""
-        for target, source in zip(self._arrays(), other._arrays(), strict=True):
-            target[first : first + rows, :, :columns] = source[:rows, :, :columns]
-
     def move(self, source: int, target: int, columns: int) -> None:
         """Copy the first columns of one row to another row."""
         self._put(target, [x[source : source + 1, :, :columns] + 0 for x in self._arrays()])
@@ -95,14 +112,14 @@ class Tails:
         for x in self._arrays():
             x[row] = mx.zeros_like(x[row])
 
-    def copy(self, row: int, start: int, stop: int) -> list[tuple[mx.array, mx.array]]:
+    def copy(self, row: int, start: int, stop: int) -> list[Pair]:
         """Return columns [start, stop) of a row per layer, each [1, N, stop - start, D], detached."""
         return [
             (detached(k[row : row + 1], start, stop), detached(v[row : row + 1], start, stop))
             for k, v in filter(None, self._layers)
         ]
 
-    def whole(self, columns: int) -> list[tuple[mx.array, mx.array]] | None:
+    def whole(self, columns: int) -> list[Pair] | None:
         """Return the buffers themselves if there is one row and it has just so many columns."""
         layers = [pair for pair in self._layers if pair]
         fits = bool(layers) and layers[0][0].shape[0] == 1 and layers[0][0].shape[2] == columns
