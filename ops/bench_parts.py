@@ -97,7 +97,9 @@ def attend(size: Size, runs: int) -> Figures:
     ms = medians(interleaved(work, runs))
     times = {f"{name}_times_faster": ms["copied"] / ms[name] for name in ours}
     began = time.perf_counter()
-    measured = crossover.measure(crossover.HeadShape(size.heads, size.kv_heads, d, d, "float32"))
+    measured = crossover.measure(
+        crossover.HeadShape(size.heads, size.kv_heads, d, d, "float32"), budget_s=crossover.BUDGET_S
+    )
     took = time.perf_counter() - began
     chosen = {"chosen": measured(b, 1, p), "crossover": measured.words, "crossover_s": took}
     return {"size": size.words, "cpu_ms": ms, **times, **errors, **chosen}

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from common.log import logger
 from worker.attention import Shared
 from worker.forms import FORMS, Division, always
+from worker.platform import BlasInfo, DeviceInfo
 
 COPIES = "copies"
 """What a form is compared with: plain attention over a copy of the prefix per row. Never used, only measured."""
@@ -138,7 +139,7 @@ def head_shape(model: Any) -> HeadShape | None:
     return max(seen, key=seen.count, default=None)
 
 
-def measure(shape: HeadShape, *, budget_s: float = BUDGET_S) -> Crossover:
+def measure(shape: HeadShape, *, budget_s: float) -> Crossover:
     """Time every form at sizes of growing cost, until the budget is spent."""
     until, points = time.perf_counter() + budget_s, list[Point]()
     for size in sorted([*DECODE, *PREFILL], key=math.prod):
@@ -204,29 +205,22 @@ def _attends(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def at_load(model: Any, home: Path, device: str) -> Crossover:
-    """Return what was measured for a hooked model's heads on this device, measuring now if nobody did before.
+def device_key(device: DeviceInfo, blas: BlasInfo) -> str:
+    """Name everything that times depend on, besides the shape of the heads."""
+    return f"{device.kind}, {device.name}, mlx {device.mlx_version}, BLAS {blas.name}"
 
-    `device` names everything that times depend on: hardware, BLAS, version of MLX.
-    """
+
+def at_load(model: Any, home: Path, device: str) -> Crossover:
+    """Return what was measured for a hooked model's heads on this device, measuring now if nobody did before."""
     shape = head_shape(model)
     if shape is None:
         return Crossover()
     path = _file(home, device, shape)
-    if (known := _read(path, device, shape)) is not None:
-        return known
-    found = measure(shape)
+    if (kept := _read(path, device, shape)) is not None:
+        return kept
+    found = measure(shape, budget_s=BUDGET_S)
     _write(path, {"device": device, "shape": asdict(shape), "points": [asdict(point) for point in found.points]})
     return found
-
-
-def known(model: Any, home: Path, device: str) -> dict[str, str]:
-    """Return what was measured before for a hooked model's heads, in words, by the KV's type. Measures nothing."""
-    shape = head_shape(model)
-    dtypes: Iterable[str] = _ERROR if shape else ()
-    shapes = {dtype: HeadShape(**{**asdict(shape), "dtype": dtype}) for dtype in dtypes if shape}
-    found = {dtype: _read(_file(home, device, like), device, like) for dtype, like in shapes.items()}
-    return {dtype: crossover.words for dtype, crossover in found.items() if crossover is not None}
 
 
 def _file(home: Path, device: str, shape: HeadShape) -> Path:

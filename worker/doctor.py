@@ -199,29 +199,33 @@ def _model(settings: Settings) -> Iterator[Check]:
         yield Check("model", False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
         return
     yield Check("model", True, f"{about.name}, context {about.context_length} tokens")
-    yield _reuse(settings, settings.model_path)
+    yield from _reuse(settings, settings.model_path)
 
 
-def _reuse(settings: Settings, path: str) -> Check:
-    """Load the model as a worker does, and say which way of reuse it allows: that is found by trying."""
+def _reuse(settings: Settings, path: str) -> Iterator[Check]:
+    """Load the model as a worker does, and say which way of reuse it allows and how it attends: found by trying."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from worker import model, probe
+    from worker import crossover, model, probe
     from worker.cache import WAYS
 
     name, device = "prefixes", platform.device()
     if _stored_bytes(path) >= device.working_set_bytes:
-        return Check(
-            name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model"
-        )
+        yield Check(name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model")
+        return
     try:
         loaded = model.load(path, dtype=settings.dtype, device=device)
     except RadixqError as error:
-        return Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
+        yield Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
+        return
     way = probe.reuse(loaded.model, loaded.context_length)
     caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
     fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
-    return Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
+    yield Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
+    if way == "shared":
+        key = crossover.device_key(device, platform.prepare(fast_blas=settings.fast_blas))
+        measured = crossover.at_load(loaded.model, settings.home, key).words
+        yield Check("attention", True, "packed (RADIXQ_EXACT=1)" if settings.exact else f"{measured} (rows x tokens)")
 
 
 def _is_cached(hub_id: str) -> bool:

@@ -83,7 +83,6 @@ class Batch:
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
         self._choose, self._columns = choose, columns
-        self._most_columns = 0  # unknown
         self._tails = Tails(num_layers)
         self._division: Division | None = None
         self._new_tokens = 0
@@ -168,11 +167,17 @@ class Batch:
         batch still has its rows and no others.
         """
         paths, lengths = [*self.paths, *other.paths], [*self.lengths, *other.lengths]
-        self._most_columns, widest = columns, max(lengths)
-        width = self._width(widest, paths)
-        self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), widest, width)
+        self._columns = columns
+        needed = max(columns, *lengths)
+        width = self._width(needed, paths)
+        self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), needed, width)
         self.open(other.paths)
         self.lengths = lengths
+
+    @property
+    def columns(self) -> int:
+        """Columns of the buffers."""
+        return self._tails.columns or self._columns
 
     def holds(self, rows: int, columns: int) -> bool:
         """Whether the buffers have room for so many rows and columns."""
@@ -242,17 +247,18 @@ class Batch:
         return mx.arange(max(self.lengths) + new_tokens) <= last
 
     def _width(self, columns: int, paths: Sequence[Path]) -> int:
-        """Return how wide buffers are made that need `columns` now: with free columns, but not more than ever needed.
+        """Return how wide buffers are made that need so many columns: with free ones, if it is not known how many.
 
         Where rows share, free columns are few beside what is shared.
         """
+        if columns <= self._columns:
+            return columns
         shared = {(id(kv), used) for path in paths for kv, used in path.nodes}
         spare = columns // 16
         if shared:
             held = sum(used for _, used in shared) + len(paths) * columns
             spare = min(spare, held // (64 * len(paths)))
-        width = columns + max(GROWTH, spare)
-        return min(width, self._most_columns) if columns <= self._most_columns else width
+        return columns + max(GROWTH, spare)
 
 
 class LayerCache:

@@ -146,7 +146,7 @@ class Runner:
         way = probe.reuse(loaded.model, loaded.context_length)
         measured = crossover.UNMEASURED
         if way == "shared" and not settings.exact:
-            measured = crossover.at_load(loaded.model, settings.home, crossover.key(device, blas))
+            measured = crossover.at_load(loaded.model, settings.home, crossover.device_key(device, blas))
         engine = Engine(loaded, limits, exact=settings.exact, reuse=way, crossover=measured)
         self._stats = engine.stats()
         notes = (

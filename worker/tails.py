@@ -41,6 +41,12 @@ class Tails:
         """Give all buffers up."""
         self._layers = [None] * len(self._layers)
 
+    @property
+    def columns(self) -> int:
+        """Columns of the buffers; 0 where there are none."""
+        held = self._layers[0]
+        return held[0].shape[2] if held else 0
+
     def holds(self, rows: int, columns: int) -> bool:
         """Whether there is room for so many rows and columns."""
         held = self._layers[0]
