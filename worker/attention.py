@@ -211,7 +211,10 @@ def _shared_partial(
 
 
 def _partial(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> Partial:
-    scores = ((queries * (scale * _LOG2_E)) @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    if queries.dtype == mx.float32:
+        scores = (queries * (scale * _LOG2_E)) @ keys.swapaxes(-1, -2)
+    else:  # log2(e) would round the queries; most models' scale is a power of two and does not
+        scores = ((queries * scale) @ keys.swapaxes(-1, -2)).astype(mx.float32) * _LOG2_E
     if mask is not None:  # the lowest finite number, not -inf: a query that sees nothing must not make a NaN
         scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
     top = mx.max(scores, axis=-1, keepdims=True)
