@@ -35,7 +35,8 @@ CONTESTANTS = (
 )  # fmt: skip
 KNOW_COST = (BASE, "stock, KV copied")
 PARTS = ("attention", "step", "join", "tree", "slice", "latency")
-APART = ("pictures", "queue", "reading")  # parts with a process of their own
+APART = ("pictures", "queue", "reading", "precision")  # parts with a process of their own
+WHEN_NAMED = ("precision",)  # it takes minutes
 QUEUE_MODEL = Shape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, inter=128, vocab=400)
 STUCK_S, BUSY = 300, 0.02  # a contestant that takes less of a core than this for so long is taken for stuck
 GRACE_S = 10
@@ -169,13 +170,10 @@ class Bench:
     def parts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Measure parts one after the other."""
         quick = "quick" if self._quick else "full"
-        inside = [name for name in names if name not in APART]
+        inside = [name for name in names if name in PARTS]
         runs = [("bench_parts.py", quick, *inside)] if inside else []
-        if "pictures" in names:
-            runs.append(("bench_pictures.py", quick))
-        for name in ("queue", "reading"):
-            if name in names:
-                runs.append((f"bench_{name}.py", self.model(QUEUE_MODEL), quick))
+        runs += [(f"bench_{name}.py", quick) for name in ("pictures", "precision") if name in names]
+        runs += [(f"bench_{name}.py", self.model(QUEUE_MODEL), quick) for name in ("queue", "reading") if name in names]
         for argv in runs:
             child = self.child(argv[0], *argv)
             try:
@@ -239,10 +237,12 @@ def main() -> int:
     arguments = _arguments()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    names = arguments.workload or [*(["gsp-quick"] if arguments.quick else WORKLOADS), *PARTS, *APART]
+    usual = [name for name in APART if name not in WHEN_NAMED]
+    names = arguments.workload or [*(["gsp-quick"] if arguments.quick else WORKLOADS), *PARTS, *usual]
     chosen_ones = [{**WORKLOADS, **QUICK}[name] for name in names if name not in (*PARTS, *APART)]
     workloads = [replace(workload, once=(*workload.once, *arguments.once)) for workload in chosen_ones]
-    if any(workload.model == SMOLLM2 for workload in workloads) and not smollm2_path().exists():
+    real = "precision" in names or any(workload.model == SMOLLM2 for workload in workloads)
+    if real and not smollm2_path().exists():
         print(f"bench: {smollm2_path()} is not there: ./ops/bench fetches it", file=sys.stderr)
         return 1
     chosen = [name for name in CONTESTANTS if name in arguments.contestant]

@@ -30,7 +30,7 @@ from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noq
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
-from worker import attention, model  # noqa: E402
+from worker import hook, model  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.group import Plan, Waiting  # noqa: E402
@@ -182,7 +182,7 @@ class Ours(Stock):
         mx.set_cache_limit(1 << 30)
         self.loaded = model.load(directory, dtype="stored", device=platform.device())
         self.tokenizer, self.ends = self.loaded.tokenizer, self.loaded.eos_token_ids
-        attention.install(self.loaded.model)
+        hook.install(self.loaded.model)
 
     def run(self, jobs: list[Job], workload: Workload, outcome: Outcome) -> None:
         """Run all jobs."""

@@ -27,9 +27,10 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, PromptTrie  # noqa: E402
 from mlx_lm.utils import _get_classes  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
-from worker import attention  # noqa: E402
+from worker import crossover, hook  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
+from worker.forms import FORMS, Division, always  # noqa: E402
 from worker.kv import KV, Batch, Path  # noqa: E402
 from worker.model import LoadedModel  # noqa: E402
 from worker.radix import RadixTree  # noqa: E402
@@ -86,27 +87,33 @@ def attend(size: Size, runs: int) -> Figures:
         mx.concatenate([mx.broadcast_to(x, (b, *x.shape[1:])), y], axis=2) for x, y in zip(shared, tails, strict=True)
     ]
     mx.eval(queries, shared, tails, copied)
-    plan = attention.Plan([([tuple(shared)], range(b))], b)
-    ours = {"merged": attention.merged, "packed": attention.packed}
+    ours = [name for name, form in FORMS.items() if form.decodes]
     work: dict[str, Callable[[], Any]] = {
         "copied": lambda: mx.fast.scaled_dot_product_attention(queries, *copied, scale=d**-0.5, mask=None)
     }
-    for name, form in ours.items():
-        work[name] = lambda form=form: form(queries, *tails, plan, 0, mask=None, scale=d**-0.5)
+    for name in ours:
+        division = Division([([tuple(shared)], range(b))], b, always(name), 1)
+        work[name] = lambda division=division: division.attend(queries, *tails, 0, mask=None, scale=d**-0.5)
     right = work["copied"]()
     errors = {f"{name}_error": float(mx.max(mx.abs(work[name]() - right))) for name in ours}
     ms = medians(interleaved(work, runs))
     times = {f"{name}_times_faster": ms["copied"] / ms[name] for name in ours}
-    return {"size": size.words, "cpu_ms": ms, **times, **errors}
+    began = time.perf_counter()
+    measured = crossover.measure(
+        crossover.HeadShape(size.heads, size.kv_heads, d, d, "float32"), budget_s=crossover.BUDGET_S
+    )
+    took = time.perf_counter() - began
+    chosen = {"chosen": measured(b, 1, p), "crossover": measured.words, "crossover_s": took}
+    return {"size": size.words, "cpu_ms": ms, **times, **errors, **chosen}
 
 
 def step(size: Size, runs: int) -> Figures:
     """A whole decode step of a model: `BatchKVCache` with copied prefixes, and our batch."""
     model = _model(size)
-    attention.install(model)
+    hook.install(model)
     prefix = _prefix(size)
     stock = [BatchKVCache.merge([_stock_row(*layer, size.tail)] * size.rows) for layer in prefix]
-    batch = Batch(size.layers, exact=False)
+    batch = Batch(size.layers)
     batch.open([Path([(KV(prefix), size.prefix)])] * size.rows)
     tail = np.ones((size.rows, size.tail), np.int32)
     mx.eval(batch.forward(model, tail, [size.tail] * size.rows))
@@ -121,7 +128,7 @@ def step(size: Size, runs: int) -> Figures:
     )
     ms, part = medians(spent), attend(size, runs)
     share = min(1.0, part["cpu_ms"]["copied"] * size.layers / ms["stock"])
-    operator = part["merged_times_faster"]
+    operator = part["merged_times_faster"]  # the form that the batch has been in
     expected = 1 / (1 - share + share / operator)
     faster = ms["stock"] / ms["radixq"]
     return {
@@ -222,9 +229,9 @@ def cached(size: Size, times: int) -> Figures:
         began, cpu_began = time.perf_counter(), time.thread_time()
         found = kept.match(prompts[number % len(prompts)])
         kept.lock(found.node)
-        batch = Batch(size.layers, exact=False)
+        batch = Batch(size.layers)
         batch.open([Path([(step.payload, len(step.tokens)) for step in found.node.path()])])
-        assert batch.plan.segments
+        assert batch.division.shares
         wall.append((time.perf_counter() - began) * 1e3)
         cpu.append((time.thread_time() - cpu_began) * 1e3)
         kept.release(found.node)
@@ -286,7 +293,7 @@ def _engine(size: Size) -> Engine:
         num_layers=size.layers, kv_bytes_per_token=size.layers * size.kv_heads * size.head_dim * 8, state_bytes=0,
         context_length=32_768, vocab_size=1000, cache_kind="plain", eos_token_ids=frozenset(), notes=(),
     )  # fmt: skip
-    attention.install(loaded.model)
+    hook.install(loaded.model)
     return Engine(loaded, Limits(32, CHUNK_TOKENS, KV_BYTES), exact=False)
 
 
@@ -315,7 +322,7 @@ def _filled(kv: KV, size: Size, rows: int) -> Batch:
             layer.update_and_fetch(new, new)
         return mx.zeros((rows, 1, 1))
 
-    batch = Batch(size.layers, exact=False)
+    batch = Batch(size.layers)
     batch.open([Path([(kv, size.prefix)])] * rows)
     batch.forward(write, np.zeros((rows, size.tail), np.int32), [size.tail] * rows)
     batch.evaluate()

@@ -23,7 +23,7 @@ from redis import Redis
 
 from common.settings import Settings
 from producer import submit_many
-from worker import attention, server
+from worker import hook, server
 from worker.kv import KV
 from worker.scout import Scout
 
@@ -61,7 +61,7 @@ def _jobs(num: int) -> Iterator[dict[str, Any]]:
 def _stepper(size: Size) -> Callable[[], float]:
     """Return a decode step of a batch of ours; it returns the CPU milliseconds that it took."""
     model = _model(size)
-    attention.install(model)
+    hook.install(model)
     batch = _filled(KV(_prefix(size)), size, size.rows)
     column = np.ones((size.rows, 1), np.int32)
 

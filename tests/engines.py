@@ -16,6 +16,7 @@ from mlx_lm.generate import generate_step
 from common.messages import Sampling
 from tests.models import EOS, tiny, tiny_tokenizer
 from worker.cache import Limits
+from worker.crossover import UNMEASURED, Crossover, Point
 from worker.engine import Engine
 from worker.model import LoadedModel
 from worker.sequence import Event, Failed, Finished, Prompt, Tokens
@@ -87,6 +88,7 @@ def bench(
     kv_bytes: int = 1 << 30,
     arrays: int = 400_000,
     dtype: mx.Dtype = mx.float32,
+    crossover: Crossover = UNMEASURED,
 ) -> Bench:
     """Build an engine; `model` and `alone` must have equal weights (by default the same tiny Llama, made twice)."""
     made = [m if m is not None else tiny() for m in (model, alone)]
@@ -111,9 +113,15 @@ def bench(
         eos_token_ids=frozenset({EOS}),
         notes=(),
     )
-    engine = Engine(loaded, Limits(max_rows, chunk_tokens, kv_bytes, arrays), exact=exact)
+    limits = Limits(max_rows, chunk_tokens, kv_bytes, arrays)
+    engine = Engine(loaded, limits, exact=exact, crossover=crossover)
     watched.engine = engine
     return Bench(engine, watched, made[1])
+
+
+def fastest(form: str) -> Crossover:
+    """Return what would have been measured if one form were always the fastest to decode in."""
+    return Crossover((Point(1, 1, 64, {"merged": 2.0} | {form: 1.0}),))
 
 
 def prompt(tokens: Iterable[int], max_tokens: int = 8, branches: Sequence[int] = (), **sampling: Any) -> Prompt:

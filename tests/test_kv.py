@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from worker.kv import KV, Batch, Path, detached
+from worker.kv import KV, Batch, Path
+from worker.tails import detached
 
 N, D, LAYERS = 2, 4, 3
 
@@ -42,7 +43,7 @@ def tails(batch: Batch) -> list[list[float]]:
 
 
 def opened(count: int) -> Batch:
-    batch = Batch(LAYERS, exact=False)
+    batch = Batch(LAYERS)
     batch.open([Path() for _ in range(count)])
     return batch
 
@@ -132,9 +133,9 @@ def test_what_is_dropped_from_the_front_leaves_the_rest_in_place() -> None:
 
 def test_a_segment_that_several_rows_read_is_planned_once_and_the_saving_counted() -> None:
     shared, own = kv(200, 0), kv(30, 1)
-    batch = Batch(LAYERS, exact=False)
+    batch = Batch(LAYERS)
     batch.open([Path([(shared, 200)]), Path([(shared, 200), (own, 10)]), Path()])
-    assert [(s.num_tokens, s.rows) for s in batch.plan.segments] == [(200, (0, 1)), (10, (1,))]
+    assert [(s.num_tokens, s.rows) for s in batch.division.parts[0].plan.segments] == [(200, (0, 1)), (10, (1,))]
     assert batch.num_cohorts == 2
     assert batch.copied_tokens == 200
 

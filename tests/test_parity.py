@@ -5,10 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.nn.layers.quantized import quantize
 
-from tests.engines import Bench, alone, bench, family, logprobs
+from tests.engines import Bench, alone, bench, family, fastest, logprobs, prompt
 from tests.models import tiny
-from worker.sequence import Prompt
+from worker.forms import FORMS
+from worker.sequence import Finished, Prompt
 
 
 def compare(bench: Bench, prompts: dict[str, Prompt], *, dtype: mx.Dtype = mx.float32) -> int:
@@ -47,6 +49,78 @@ def test_half_precision_is_bit_identical_too(dtype: mx.Dtype) -> None:
         prompts = family(np.random.default_rng(seed))
         engine.run(prompts)
         assert compare(engine, prompts, dtype=dtype) > 0
+
+
+@pytest.mark.stock_blas
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_4_bit_weights_are_bit_identical_too(group_size: int, dtype: mx.Dtype) -> None:
+    ours, twin = tiny(), tiny()
+    for model in (ours, twin):
+        quantize(model, group_size=group_size, bits=4)
+    for seed in range(2):
+        engine = bench(ours, alone=twin, exact=True, dtype=dtype)
+        prompts = family(np.random.default_rng([seed, group_size]))
+        engine.run(prompts, seed=seed)
+        assert compare(engine, prompts, dtype=dtype) > 0
+
+
+def changing(bench: Bench, prompts: dict[str, Prompt]) -> list[int]:
+    """Run jobs so that the batch shrinks to one row and grows again; return how many ran at each step."""
+    waiting, sizes = list(prompts.items()), [0]
+    while waiting or bench.engine.busy:
+        if len(bench.engine.running) <= 1 and waiting:
+            for job_id, job in waiting[:4]:
+                bench.engine.add(job_id, job)
+            del waiting[:4]
+        for event in bench.engine.step():
+            assert isinstance(event, Finished)
+            bench.ended[event.id] = event
+        bench.engine.check()
+        sizes.append(len(bench.engine.running))
+    return sizes
+
+
+def uneven(seed: int) -> dict[str, Prompt]:
+    """Return jobs of one cohort: own parts of 1 to 90 tokens, answers of 2 to 40, the longest in every fourth."""
+    rng = np.random.default_rng(seed)
+    root, prompts = rng.integers(0, 290, 150), {}
+    for number in range(12):
+        own = rng.integers(0, 290, rng.integers(60, 90) if number % 4 == 0 else rng.integers(1, 9))
+        prompts[str(number)] = prompt([*root, *own], 40 if number % 4 == 0 else int(rng.integers(2, 8)), [150])
+    return prompts
+
+
+@pytest.mark.stock_blas
+def test_a_cohort_of_very_different_lengths_that_shrinks_to_one_row_and_grows_again_gives_the_same_bits() -> None:
+    for seed in range(2):
+        engine, prompts = bench(exact=True), uneven(seed)
+        sizes = changing(engine, prompts)
+        assert [size for size in sizes if size in (1, 4)].count(4) >= 2
+        compare(engine, prompts)
+
+
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.decodes])
+def test_a_cohort_that_shrinks_to_one_row_and_grows_again_gives_the_same_tokens_in_every_form(form: str) -> None:
+    engine, prompts = bench(crossover=fastest(form)), uneven(7)
+    changing(engine, prompts)
+    for job_id, job in prompts.items():
+        tokens, rows = alone(engine.alone, job.tokens, job.max_tokens)
+        assert not first_difference_is_a_tie(job_id, engine.tokens(job_id), tokens, rows)
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch_that_others_join_and_leave() -> None:
+    sampled = {
+        job_id: prompt(job.tokens, job.max_tokens, job.branches, temperature=0.8, seed=int(job_id))
+        for job_id, job in uneven(3).items()
+    }
+    together = bench()
+    changing(together, sampled)
+    for job_id in ("0", "3", "8"):
+        only = bench().run({job_id: sampled[job_id]})[job_id]
+        event = together.ended[job_id]
+        assert isinstance(event, Finished)
+        assert event.tokens == only.tokens
 
 
 @pytest.mark.stock_blas

@@ -13,7 +13,7 @@ from tests.engines import Bench, Watched
 from tests.engines import alone as mlx_lm_alone
 from tests.models import smollm2_path
 from tests.test_parity import first_difference_is_a_tie
-from worker import attention, model, platform
+from worker import hook, model, platform
 from worker.cache import Limits
 from worker.engine import Engine
 from worker.sequence import Prompt
@@ -94,7 +94,7 @@ def test_three_groups_of_real_prompts_give_the_tokens_of_mlx_lm_alone(loaded: mo
     jobs = prompts(loaded.tokenizer)
     (eos,) = loaded.eos_token_ids
     alone = {job_id: mlx_lm_alone(loaded.model, job.tokens, MAX_TOKENS, eos=eos) for job_id, job in jobs.items()}
-    attention.install(loaded.model)
+    hook.install(loaded.model)
     watched = Watched(loaded.model)
     limits = Limits(max_rows=12, chunk_tokens=256, kv_bytes=1 << 30)
     engine = Engine(replace(loaded, model=watched), limits, exact=False)  # type: ignore[arg-type]

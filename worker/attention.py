@@ -1,27 +1,32 @@
-"""Attention over shared prefixes and private tails, and its hook into unmodified mlx-lm models. Knows no tree.
+"""Attention over shared segments and private tails, in several forms from one storage. Knows no tree and no model.
 
 Letters, here and in `worker.kv` and `worker.engine`: B rows, H query heads, N key/value heads, G = H / N, L new tokens
-per row, S tokens of a tail, P tokens of a shared segment, D head size.
+per row, T = G * L queries of a row per key/value head, S tokens of a tail, P tokens of a shared segment, D head size.
 
-A row attends to its segments (nodes of the tree, in order) and then to its own tail. Two forms compute it from the
-same storage:
+A row attends to its segments (nodes of the tree, in order) and then to its own tail. What is read:
 
-- `packed`: per set of rows with the same segments, one softmax over [segments, tail 0, tail 1, ...] where a mask lets
-  each row see its own tail only. What is masked adds exact zeros, so with a BLAS whose sums do not depend on the
-  number of rows the result is bit-identical to the row alone. Costs rows times the sum of all tails.
+    segments        system ------------+------ document A ----- rows 0 1
+    (stored once)   rows 0 1 2 3       +------ document B ----- rows 2 3
+    tails                                                       one per row
+
+The forms, all exact in exact arithmetic; `worker.forms` says when each may be used, and uses it:
+
+- `packed`: rows with the same segments in one softmax over [segments, tail 0, tail 1, ...], where a mask lets each row
+  see its own tail only. What is masked adds exact zeros, so with a BLAS whose sums do not depend on the number of rows
+  the result is bit-identical to the row alone. Costs rows times the sum of all tails.
 - `merged`: every segment once for all its rows, every tail once for its row, joined by their log-sum-exp
-  (Hydragen, https://arxiv.org/abs/2402.05099). Rounds differently from the row alone; a row's non-finite value stays
-  in that row.
+  (Hydragen, https://arxiv.org/abs/2402.05099). Rounds differently from the row alone.
+- `virtual`: as merged, but the largest segments go through one fused operation that takes what else a row has seen as
+  one more token: a key k with scale * (q . k) = its log-sum-exp, which for k = c * q is one division.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -30,19 +35,19 @@ PRODUCT_TOKENS = 128
 """Segments shorter than this are attended in one masked product together: many small products cost more."""
 
 _TWO = mx.array(2.0)
-_NAME = "scaled_dot_product_attention"
-_HOMES = ("mlx_lm.models.base", "mlx_vlm.models.base")
+_LOG2_E = math.log2(math.e)
 Layers = Sequence[tuple[mx.array, mx.array]]
+Shared = tuple[Layers, Sequence[int]]  # a segment and the rows that read it, ascending
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """K and V that several rows share, and who they are.
 
     Attributes:
         layers: per layer, keys [1, N, P, D] and values [1, N, P, Dv].
         rows: the readers, ascending.
-        pick: the same as an array, or None where all rows of the batch read it.
+        pick: the same as an array, or None where all rows read it.
     """
 
     layers: Layers
@@ -60,7 +65,7 @@ class Plan:
         small: the others; `sees` [B, 1, 1, P of all small] says which row reads what.
     """
 
-    def __init__(self, shared: Iterable[tuple[Layers, Sequence[int]]], num_rows: int) -> None:
+    def __init__(self, shared: Iterable[Shared], num_rows: int) -> None:
         self.segments = [
             Segment(layers, layers[0][0].shape[2], tuple(rows), mx.array(list(rows)) if len(rows) < num_rows else None)
             for layers, rows in shared
@@ -73,12 +78,21 @@ class Plan:
         sees = np.repeat(reads, [s.num_tokens for s in self.small], axis=1)[:, None, None]
         self.sees = mx.array(sees) if self.small else None
 
+    @cached_property
+    def fused(self) -> list[Segment]:
+        """The segments that the virtual form ends with: those of the most work, at most one per row."""
+        chosen: list[Segment] = []
+        for segment in sorted(self.large, key=lambda s: len(s.rows) * s.num_tokens, reverse=True):
+            if not any(set(segment.rows) & set(other.rows) for other in chosen):
+                chosen.append(segment)
+        return chosen
+
 
 class Partial(NamedTuple):
     """Attention over a part of the keys, before normalisation, in float32 and to the base 2.
 
-    out [B, N, G*L, Dv] is the sum of 2^(score - top) * value; top and total [B, N, G*L, 1] are the largest score and
-    the sum of 2^(score - top), where a score is log2(e) times the usual one.
+    out [B, N, T, Dv] is the sum of 2^(score - top) * value; top and total [B, N, T, 1] are the largest score and the
+    sum of 2^(score - top), where a score is log2(e) times the usual one.
     """
 
     out: mx.array
@@ -86,41 +100,26 @@ class Partial(NamedTuple):
     total: mx.array
 
 
+# -- the forms -------------------------------------------------------------------------------------------------------
+
+
 def packed(
     queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
 ) -> mx.array:
-    """Attend in the form that is bit-identical to each row alone.
+    """Attend in one softmax for all rows; every row must read every segment of the plan.
 
-    Args:
-        queries: [B, H, L, D]
-        keys, values: the tails, [B, N, S, D]
+    Args, of all forms:
+        queries: [B, H, L, D]; the result is [B, H, L, Dv].
+        keys, values: the tails, [B, N, S, D].
         mask: boolean [B or 1, 1, L, S] over the tails; None lets every query see the whole tail.
     """
-    cohorts: dict[tuple[int, ...], list[int]] = {}
-    for row in range(queries.shape[0]):
-        cohorts.setdefault(tuple(i for i, s in enumerate(plan.segments) if row in s.rows), []).append(row)
-    outs = []
-    for path, rows in cohorts.items():
-        pick = mx.array(rows)
-        own = mask if mask is None or mask.shape[0] == 1 else mask[pick]
-        above = [plan.segments[i].layers[layer] for i in path]
-        outs.append(_packed_cohort(queries[pick], keys[pick], values[pick], above, own, scale))
-    order = [row for rows in cohorts.values() for row in rows]
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return mx.concatenate(outs)[mx.array(inverse)]
-
-
-def _packed_cohort(
-    queries: mx.array, keys: mx.array, values: mx.array, above: Layers, mask: mx.array | None, scale: float
-) -> mx.array:
-    if not above:
+    if not plan.segments:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     b, h, length, d = queries.shape
     n, s = keys.shape[1], keys.shape[2]
-    flat_k = keys.swapaxes(0, 1).reshape(1, n, b * s, d)
-    flat_v = values.swapaxes(0, 1).reshape(1, n, b * s, values.shape[-1])
-    all_k = mx.concatenate([*(k for k, _ in above), flat_k], axis=2)
-    all_v = mx.concatenate([*(v for _, v in above), flat_v], axis=2)
+    above = [segment.layers[layer] for segment in plan.segments]
+    all_k = mx.concatenate([*(k for k, _ in above), _fold(keys)], axis=2)
+    all_v = mx.concatenate([*(v for _, v in above), _fold(values)], axis=2)
     own = mx.ones((1, 1, length, s), mx.bool_) if mask is None else mask
     own = mx.broadcast_to(own, (b, 1, length, s))[:, 0, :, None, :]
     mine = mx.eye(b, dtype=mx.bool_)[:, None, :, None] & own  # [B, L, B, S]
@@ -135,27 +134,72 @@ def _packed_cohort(
 def merged(
     queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
 ) -> mx.array:
-    """Attend to every segment once for all its rows. Arguments as `packed`."""
-    b, h, length, d = queries.shape
+    """Attend to every segment once for all its rows, and join the parts."""
+    grouped, whole = _tails(queries, keys, values, mask, scale)
+    whole = _with_segments(whole, grouped, plan, plan.large, layer, scale)
+    return (whole.out / whole.total).astype(queries.dtype).reshape(*queries.shape[:3], -1)
+
+
+def virtual(
+    queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
+) -> mx.array:
+    """Attend as merged, but to the largest segments by one fused operation each. One new token per row.
+
+    A query too small for its virtual key to be a finite number gives NaN, so the step runs again in another form.
+    """
+    grouped, whole = _tails(queries, keys, values, mask, scale)
+    others = [segment for segment in plan.large if segment not in plan.fused]
+    whole = _with_segments(whole, grouped, plan, others, layer, scale)
+    out, seen = (whole.out / whole.total).astype(queries.dtype), (whole.top + mx.log2(whole.total)) / _LOG2_E
+    for segment in plan.fused:
+        pick = slice(None) if segment.pick is None else segment.pick
+        out[pick] = _with_virtual_tokens(grouped[pick], *segment.layers[layer], out[pick], seen[pick], scale)
+    return out.reshape(*queries.shape[:3], -1)
+
+
+def _with_virtual_tokens(
+    queries: mx.array, keys: mx.array, values: mx.array, out: mx.array, seen: mx.array, scale: float
+) -> mx.array:
+    """Attend to one segment and, per query, to one token that stands for what it has seen: [B, N, T, Dv]."""
+    folded = _fold(queries)
+    exact = folded.astype(mx.float32)
+    stretch = _fold(seen) / (scale * mx.sum(exact * exact, axis=-1, keepdims=True))
+    all_k = mx.concatenate([keys, (exact * stretch).astype(keys.dtype)], axis=2)
+    all_v = mx.concatenate([values, _fold(out)], axis=2)
+    count = folded.shape[2]
+    sees = mx.concatenate([mx.ones((count, keys.shape[2]), mx.bool_), mx.eye(count, dtype=mx.bool_)], axis=1)
+    return _unfold(mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees), len(queries))
+
+
+def _tails(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float
+) -> tuple[mx.array, Partial]:
+    """Return the queries as [B, N, T, D], L fastest, and their attention to the tails."""
+    b, h, _, d = queries.shape
     n = keys.shape[1]
-    grouped = queries.reshape(b, n, -1, d)  # [B, N, G*L, D], L fastest
-    own = None if mask is None else mx.tile(mask, (1, 1, h // n, 1))
-    whole = _partial(grouped, keys, values, own, scale)
+    grouped = queries.reshape(b, n, -1, d)
+    return grouped, _partial(grouped, keys, values, None if mask is None else mx.tile(mask, (1, 1, h // n, 1)), scale)
+
+
+def _with_segments(
+    whole: Partial, queries: mx.array, plan: Plan, large: Sequence[Segment], layer: int, scale: float
+) -> Partial:
+    """Join attention to all small segments of a plan, and to these large ones."""
     if plan.sees is not None:
         small = [s.layers[layer] for s in plan.small]
         small_k, small_v = (mx.concatenate(list(x), axis=2) for x in zip(*small, strict=True))
-        sees = mx.broadcast_to(plan.sees, (b, 1, grouped.shape[2], plan.sees.shape[-1]))
-        whole = _merge(whole, _shared_partial(grouped, small_k, small_v, _fold(sees), scale))
-    for segment in plan.large:
+        sees = mx.broadcast_to(plan.sees, (len(queries), 1, queries.shape[2], plan.sees.shape[-1]))
+        whole = _merge(whole, _shared_partial(queries, small_k, small_v, _fold(sees), scale))
+    for segment in large:
         k, v = segment.layers[layer]
         if segment.pick is None:
-            whole = _merge(whole, _shared_partial(grouped, k, v, None, scale))
+            whole = _merge(whole, _shared_partial(queries, k, v, None, scale))
             continue
-        part = _shared_partial(grouped[segment.pick], k, v, None, scale)
+        part = _shared_partial(queries[segment.pick], k, v, None, scale)
         joined = _merge(Partial(*(x[segment.pick] for x in whole)), part)
         for target, source in zip(whole, joined, strict=True):
             target[segment.pick] = source
-    return (whole.out / whole.total).astype(queries.dtype).reshape(b, h, length, -1)
+    return whole
 
 
 def _shared_partial(
@@ -167,7 +211,10 @@ def _shared_partial(
 
 
 def _partial(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> Partial:
-    scores = ((queries * (scale * math.log2(math.e))) @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    if queries.dtype == mx.float32:
+        scores = (queries * (scale * _LOG2_E)) @ keys.swapaxes(-1, -2)
+    else:  # log2(e) would round the queries; most models' scale is a power of two and does not
+        scores = ((queries * scale) @ keys.swapaxes(-1, -2)).astype(mx.float32) * _LOG2_E
     if mask is not None:  # the lowest finite number, not -inf: a query that sees nothing must not make a NaN
         scores = mx.where(mask, scores, mx.finfo(mx.float32).min)
     top = mx.max(scores, axis=-1, keepdims=True)
@@ -197,61 +244,3 @@ def _unfold(x: mx.array, rows: int) -> mx.array:
     """[1, N, B*T, D] back to [B, N, T, D]."""
     _, n, bt, d = x.shape
     return x.reshape(n, rows, bt // rows, d).swapaxes(0, 1)
-
-
-def _dispatching(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Return the attention function that asks the cache first."""
-
-    def attention(
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        cache: Any,
-        scale: float,
-        mask: mx.array | None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        attend = getattr(cache, "attend", None)
-        if attend is None:
-            return stock(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
-        return attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)  # type: ignore[no-any-return]
-
-    return attention
-
-
-def _stock() -> list[Callable[..., mx.array]]:
-    """Return the attention functions of the libraries that are loaded."""
-    return [getattr(sys.modules[home], _NAME) for home in _HOMES if home in sys.modules]
-
-
-def install(model: Any) -> int:
-    """Let the attention layers of this one model ask their cache to attend; return how many layers do.
-
-    The models of mlx-lm and of mlx-vlm import their library's attention function by name and call it inside methods.
-    Each module that does gets a subclass of its class whose methods see another function under that name. Nothing in
-    the libraries changes, and other models in the process stay as they are. Idempotent.
-    """
-    hooked = 0
-    for _, module in model.named_modules():
-        if getattr(type(module), "_radixq_hooked", False):
-            hooked += 1
-        elif methods := _rebound_methods(type(module)):
-            cls = type(module)
-            module.__class__ = type(cls.__name__, (cls,), {**methods, "_radixq_hooked": True})
-            hooked += 1
-    return hooked
-
-
-def _rebound_methods(cls: type) -> dict[str, types.FunctionType]:
-    methods: dict[str, types.FunctionType] = {}
-    stock = _stock()
-    for owner in cls.__mro__:
-        for name, fn in vars(owner).items():
-            if name in methods or not isinstance(fn, types.FunctionType):
-                continue
-            if _NAME in fn.__code__.co_names and fn.__globals__.get(_NAME) in stock:
-                scope = {**fn.__globals__, _NAME: _dispatching(fn.__globals__[_NAME])}
-                clone = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
-                clone.__kwdefaults__ = fn.__kwdefaults__
-                methods[name] = clone
-    return methods

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from mlx_lm.models.cache import make_prompt_cache
 
 from common.errors import ContextLengthExceeded
+from worker.forms import Choose
 from worker.kv import Batch
 from worker.model import LoadedModel
 from worker.radix import Evicted, Match, Node, RadixTree
@@ -79,16 +80,16 @@ class PrefixCache:
         evicted: totals since start.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, *, exact: bool, reuse: Reuse) -> None:
+    def __init__(self, loaded: LoadedModel, limits: Limits, *, choose: Choose, reuse: Reuse) -> None:
         self.tree: RadixTree[Any] = RadixTree()
         self.evicted = Evicted(0, 0)
         self.reuse = reuse
-        self._loaded, self._limits, self._exact = loaded, limits, exact
+        self._loaded, self._limits, self._choose = loaded, limits, choose
 
     def new_batch(self, columns: int = 0) -> Any:
         """Return an empty batch of the kind that this model's rows run in."""
         if self.reuse == "shared":
-            return Batch(self._loaded.num_layers, exact=self._exact, columns=columns)
+            return Batch(self._loaded.num_layers, self._choose, columns=columns)
         return Solo(lambda: make_prompt_cache(self._loaded.model), snapshots=self.reuse != "copied")
 
     def find(self, row: Row) -> Match[Any]:

@@ -205,7 +205,7 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
     """Load the model as a worker does: what it allows, reuse and pictures, is found by trying."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from worker import model, probe
+    from worker import crossover, model, probe
     from worker.cache import WAYS
 
     name, device = "prefixes", platform.device()
@@ -228,6 +228,10 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
         refused = "no pictures: they need prefixes that are read in place"
     sees = loaded.processor is not None and way == "shared"
     yield Check("pictures", True, "taken" if sees else refused.replace("no pictures", "none"))
+    if way == "shared":
+        key = crossover.device_key(device, platform.prepare(fast_blas=settings.fast_blas))
+        measured = crossover.at_load(loaded.model, settings.home, key).words
+        yield Check("attention", True, "packed (RADIXQ_EXACT=1)" if settings.exact else f"{measured} (rows x tokens)")
 
 
 def _is_cached(hub_id: str) -> bool:

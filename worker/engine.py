@@ -22,9 +22,12 @@ import numpy as np
 
 from common.errors import InternalError, OutOfMemory, RadixqError, Unsupported
 from common.log import logger
-from worker import attention
+from worker import hook
 from worker.cache import NOTHING, Limits, Need, PrefixCache, Reuse
+from worker.crossover import UNMEASURED, Crossover
+from worker.forms import exactly
 from worker.intake import Fill, Intake
+from worker.kv import all_finite
 from worker.model import LoadedModel
 from worker.row import Answer, Row
 from worker.running import Running
@@ -46,8 +49,17 @@ class Engine:
         cache: the prefixes; they live as long as the engine.
     """
 
-    def __init__(self, loaded: LoadedModel, limits: Limits, *, exact: bool, reuse: Reuse = "shared") -> None:
-        self.cache = PrefixCache(loaded, limits, exact=exact, reuse=reuse)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        limits: Limits,
+        *,
+        exact: bool,
+        reuse: Reuse = "shared",
+        crossover: Crossover = UNMEASURED,
+    ) -> None:
+        """Take a model, and what was measured of its attention; `exact` has only forms that are bit-identical."""
+        self.cache = PrefixCache(loaded, limits, choose=exactly if exact else crossover, reuse=reuse)
         self._loaded, self._limits = loaded, limits
         self._model: Any = loaded.model
         self._sight: Sight | None = None
@@ -58,8 +70,8 @@ class Engine:
         self._fill: Fill | None = None
         self._splits_seen = 0
         if reuse == "shared":
-            attention.install(self._model)
-        form = ("packed" if exact else "merged") if reuse == "shared" else reuse
+            hook.install(self._model)
+        form = ("packed" if exact else crossover.words) if reuse == "shared" else reuse
         self._stats = EngineStats(cache_bytes_limit=limits.kv_bytes, attention_form=form)
 
     def add(self, job_id: str, prompt: Prompt) -> None:
@@ -221,9 +233,7 @@ class Engine:
         self._follow_splits()
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
-        fed = self._pictures(self._running.batch, rows, inputs)
-        logits = self._running.batch.forward(self._model, inputs, [1] * len(rows), **fed)
-        norm = mx.logsumexp(logits, axis=-1, keepdims=True)
+        logits, norm = self._logits(rows, inputs)
         chosen, finite = sample(logits - norm, [row.sampler for row in rows]), mx.isfinite(norm[:, 0])
         mx.eval(chosen, finite)
         for row in rows:
@@ -234,6 +244,18 @@ class Engine:
         events = self._accept(np.array(chosen).tolist(), np.array(finite).tolist())
         self._count(decode_s=time.perf_counter() - began)
         return events
+
+    def _logits(self, rows: Sequence[Row], inputs: Tokens) -> tuple[mx.array, mx.array]:
+        """Return the logits of all rows and their log-sum-exp, of which no row has made another's not finite."""
+        batch = self._running.batch
+        fed = self._pictures(batch, rows, inputs)
+        logits = batch.forward(self._model, inputs, [1] * len(inputs), **fed)
+        norm = mx.logsumexp(logits, axis=-1, keepdims=True)
+        if batch.isolates or all_finite([norm]):
+            return logits, norm
+        log.warning("a step was not finite and runs again, row by row", extra={"rows": len(inputs)})
+        logits = batch.repeat(self._model, inputs, **fed)
+        return logits, mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def _accept(self, tokens: list[int], finite: list[bool]) -> list[Event]:
         events: list[Event] = []

@@ -11,9 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from worker.attention import Plan, merged, packed
+from worker.forms import MERGED, Choose, Division, always
+from worker.tails import Tails, detached
 
-GROWTH = 4  # a tail buffer grows by this many columns, or by a sixteenth of itself
+GROWTH = 4
+"""Free columns that a tail buffer gets at least when it grows."""
 
 
 class KV:
@@ -52,11 +54,6 @@ def all_finite(arrays: Sequence[mx.array]) -> bool:
     return bool(mx.all(mx.stack([mx.all(mx.isfinite(x)) for x in arrays]))) if arrays else True
 
 
-def detached(x: mx.array, start: int, stop: int) -> mx.array:
-    """Copy tokens [start, stop) of [..., S, D]. A slice would keep the whole of `x` alive; a gather never does."""
-    return mx.take(x, mx.arange(start, stop), axis=-2)
-
-
 class Path:
     """The nodes above one row: payload and how many of its tokens the row uses, from the root down."""
 
@@ -70,25 +67,24 @@ class Path:
 class Batch:
     """Rows that run together. A row is a `Path` of shared KV and a tail of its own.
 
-    Tails lie left-aligned in one buffer per layer, [rows, N, columns, D]; row b's new tokens go to the columns after
-    its last. Rows join and leave by copying their own tail, never a prefix and never another row's.
+    Row b's new tokens go to the columns of `Tails` after its last. Rows join and leave by copying their own tail,
+    never a prefix and never another row's.
 
-        row 0   path 700 tokens    tail  a b c . . .
-        row 1   path 512 tokens    tail  d e f g h .        . = free column, masked
+        row 0   path 700 tokens    tail  a b c
+        row 1   path 512 tokens    tail  d e f g h
 
     Attributes:
         lengths: tail tokens per row.
     """
 
-    def __init__(self, num_layers: int, *, exact: bool, columns: int = 0) -> None:
+    def __init__(self, num_layers: int, choose: Choose = MERGED, *, columns: int = 0) -> None:
         """Make an empty batch whose buffers begin with `columns` columns, for a prefill that knows its length."""
-        self.exact = exact
-        self._columns = columns
         self.lengths: list[int] = []
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
-        self._tails: list[tuple[mx.array, mx.array] | None] = [None] * num_layers
-        self._plan: Plan | None = None
+        self._choose, self._columns = choose, columns
+        self._tails = Tails(num_layers)
+        self._division: Division | None = None
         self._new_tokens = 0
 
     def __len__(self) -> int:
@@ -97,7 +93,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the tail buffers, free columns included."""
-        return sum(k.nbytes + v.nbytes for k, v in filter(None, self._tails))
+        return self._tails.nbytes
 
     @property
     def num_cohorts(self) -> int:
@@ -107,19 +103,23 @@ class Batch:
     @property
     def copied_tokens(self) -> int:
         """Prefix tokens that per-row copies would hold, less those that are held."""
-        held = {(id(kv), used) for p in self.paths for kv, used in p.nodes}
-        return sum(p.num_tokens for p in self.paths) - sum(used for _, used in held)
+        return sum(p.num_tokens for p in self.paths) - sum(used for _, used in self._readers)
+
+    @property
+    def isolates(self) -> bool:
+        """Whether, as the rows attend now, what is not finite in one of them stays in it."""
+        return self.division.isolates
 
     def open(self, paths: Sequence[Path]) -> None:
         """Add one row with an empty tail per path."""
         self.paths.extend(paths)
         self.lengths.extend(0 for _ in paths)
-        self._plan = None
+        self._division = None
 
     def set_path(self, row: int, path: Path) -> None:
         """Give a row another path with the same tokens (a node was split), or one that took over part of its tail."""
         self.paths[row] = path
-        self._plan = None
+        self._division = None
 
     def forward(
         self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], counts: Sequence[int], **fed: mx.array
@@ -134,14 +134,26 @@ class Batch:
         self.lengths = [n + self._new_tokens for n in self.lengths]
         return logits[:, -1]  # type: ignore[no-any-return]
 
+    def repeat(self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], **fed: mx.array) -> mx.array:
+        """Run the last `forward` again, in the form that keeps what is not finite within its row."""
+        self.lengths = [n - tokens.shape[1] for n in self.lengths]
+        usual, self._choose, self._division = self._choose, always("alone"), None
+        try:
+            return self.forward(model, tokens, [tokens.shape[1]] * len(self), **fed)
+        finally:
+            self._choose, self._division = usual, None
+
     def _begin(self, new_tokens: int) -> None:
         """Make room for `new_tokens` more per row and fix positions."""
-        if new_tokens > 1 and not self._aligned:
+        if new_tokens > 1 and min(self.lengths) != max(self.lengths):
             raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
+        if (new_tokens == 1) != (self._new_tokens == 1):
+            self._division = None  # other forms suit a prefill
         self._new_tokens = new_tokens
         starts = [p.num_tokens + n for p, n in zip(self.paths, self.lengths, strict=True)]
         self.offset = mx.array(starts, mx.int32)
-        self._reserve(len(self), max(self._columns, max(self.lengths) + new_tokens))
+        needed = max(self._columns, max(self.lengths) + new_tokens)
+        self._tails.reserve(len(self), needed, self._width(needed, self.paths))
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Cut each row's tail to its real length: what lies behind it was padding."""
@@ -149,7 +161,7 @@ class Batch:
 
     def evaluate(self) -> None:
         """Compute the tails and nothing else: the logits of a prefill chunk are never needed."""
-        mx.eval(self._tails)
+        self._tails.evaluate()
 
     def join(self, other: Batch, columns: int = 0) -> None:
         """Append all rows of `other`, copying their tails; `columns` is how many the rows will need, where known.
@@ -157,147 +169,105 @@ class Batch:
         Buffers that have to grow for it are copied, and the old ones dropped, layer by layer. If it raises, this
         batch still has its rows and no others.
         """
-        first, widest, rows = len(self), max(other.lengths), len(self) + len(other)
+        paths, lengths = [*self.paths, *other.paths], [*self.lengths, *other.lengths]
         self._columns = columns
-        columns = max(columns, widest, *self.lengths)
-        grows = not self.holds(rows, columns)
-        for i, theirs in enumerate(other._tails):
-            if theirs is None:
-                continue
-            self._reserve_layer(i, rows, columns, like=theirs)
-            mine = self._tails[i]
-            assert mine is not None
-            for target, source in zip(mine, theirs, strict=True):
-                target[first:rows, :, :widest] = source[: len(other), :, :widest]
-            if grows:
-                mx.eval(mine)
-                other._tails[i] = None
+        needed = max(columns, *lengths)
+        width = self._width(needed, paths)
+        self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), needed, width)
         self.open(other.paths)
-        self.lengths[first:] = other.lengths
+        self.lengths = lengths
 
     @property
     def columns(self) -> int:
         """Columns of the buffers."""
-        held = self._tails[0]
-        return self._columns if held is None else held[0].shape[2]
+        return self._tails.columns or self._columns
 
     def holds(self, rows: int, columns: int) -> bool:
         """Whether the buffers have room for so many rows and columns."""
-        held = self._tails[0]
-        return held is not None and held[0].shape[0] >= rows and held[0].shape[2] >= columns
+        return self._tails.holds(rows, columns)
 
     def leave(self, row: int) -> None:
         """Remove one row; the last row takes its place in every list."""
         last = len(self) - 1
         if row != last and self.lengths[last]:
-            self._move(last, 0, self.lengths[last], to=row)
+            self._tails.move(last, row, self.lengths[last])
         self.lengths[row], self.paths[row] = self.lengths[last], self.paths[last]
         del self.lengths[last], self.paths[last]
-        self._plan = None
+        self._division = None
         if not self.lengths:
-            self._tails = [None] * len(self._tails)
+            self._tails.forget()
 
     def tail(self, row: int, start: int, stop: int, *, last_use: bool = False) -> KV:
         """Copy tokens [start, stop) of one row's tail out.
 
         `last_use` promises that the batch is dropped now: buffers that hold just these tokens are given away.
         """
-        first = self._tails[0]
-        if last_use and first and first[0].shape[0] == 1 and (start, stop) == (0, first[0].shape[2]):
-            return KV([t for t in self._tails if t])
-        return KV([tuple(detached(x[row : row + 1], start, stop) for x in t) for t in filter(None, self._tails)])  # type: ignore[misc]
+        given = self._tails.whole(stop) if last_use and start == 0 else None
+        return KV(given or self._tails.copy(row, start, stop))
 
     def drop_front(self, row: int, count: int) -> None:
         """Forget the first `count` tokens of a row's tail; `set_path` must say who holds them now."""
-        self._move(row, count, self.lengths[row], to=row)
+        self._tails.drop_front(row, count, self.lengths[row])
         self.lengths[row] -= count
-
-    def _move(self, row: int, start: int, stop: int, *, to: int) -> None:
-        """Put tokens [start, stop) of a row at the front of row `to`.
-
-        By way of copies that are there before: a buffer that something still reads is not written in place but copied.
-        """
-        buffers = [x for tails in filter(None, self._tails) for x in tails]
-        moved = [detached(x[row], start, stop) for x in buffers]
-        mx.eval(moved)
-        for x, copy in zip(buffers, moved, strict=True):
-            x[to, :, : stop - start] = copy
 
     def wipe(self, row: int) -> None:
         """Zero a row's tail: a NaN left in a column would reach the next row there through its mask (0 * NaN)."""
-        for tails in filter(None, self._tails):
-            for x in tails:
-                x[row] = mx.zeros_like(x[row])
+        self._tails.wipe(row)
 
     @property
-    def plan(self) -> Plan:
-        """The shared segments, each once, with the rows that read it."""
-        if self._plan is None:
-            readers: dict[tuple[int, int], tuple[KV, int, list[int]]] = {}
-            for row, path in enumerate(self.paths):
-                for kv, used in path.nodes:
-                    readers.setdefault((id(kv), used), (kv, used, []))[2].append(row)
-            self._plan = Plan(((kv.first(used), rows) for kv, used, rows in readers.values()), len(self))
-        return self._plan
+    def division(self) -> Division:
+        """The rows by form of attention, and the shared segments, each once, with the rows that read it."""
+        if self._division is None:
+            shared = [(kv.first(used), rows) for kv, used, rows in self._readers.values()]
+            self._division = Division(shared, len(self), self._choose, self._new_tokens or 1)
+        return self._division
+
+    @property
+    def _readers(self) -> dict[tuple[int, int], tuple[KV, int, list[int]]]:
+        readers: dict[tuple[int, int], tuple[KV, int, list[int]]] = {}
+        for row, path in enumerate(self.paths):
+            for kv, used in path.nodes:
+                readers.setdefault((id(kv), used), (kv, used, []))[2].append(row)
+        return readers
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Put the new tokens of all rows, [B, N, L, D], into the tails; return views of the tails, [B, N, S, D]."""
-        if self._tails[layer] is None:
-            columns = max(self._columns, max(self.lengths) + self._new_tokens)
-            self._tails[layer] = (_empty(keys, len(self), columns), _empty(values, len(self), columns))
-        tails = self._tails[layer]
-        assert tails is not None
-        end = max(self.lengths) + self._new_tokens
-        for target, new in zip(tails, (keys, values), strict=True):
-            if self._aligned:
-                target[: len(self), :, end - self._new_tokens : end] = new
-            else:
-                target[mx.arange(len(self)), :, mx.array(self.lengths)] = new[:, :, 0]
-        return tails[0][: len(self), :, :end], tails[1][: len(self), :, :end]
+        columns = max(self._columns, max(self.lengths) + self._new_tokens)
+        return self._tails.write(layer, (keys, values), self.lengths, columns)
 
     def mask(self, new_tokens: int) -> mx.array | None:
         """Return which tail columns a query sees, boolean [B or 1, 1, L, S]; None where it sees them all.
 
         Query t of row b sees column c if c <= lengths[b] + t.
         """
-        if self._aligned and new_tokens == 1:
+        aligned = min(self.lengths) == max(self.lengths)
+        if aligned and new_tokens == 1:
             return None
-        starts = mx.array(self.lengths[:1] if self._aligned else self.lengths)
-        last = starts[:, None, None, None] + mx.arange(new_tokens)[None, None, :, None]
+        last = (
+            mx.array(self.lengths[:1] if aligned else self.lengths)[:, None, None, None]
+            + mx.arange(new_tokens)[None, None, :, None]
+        )
         return mx.arange(max(self.lengths) + new_tokens) <= last
 
-    @property
-    def _aligned(self) -> bool:
-        return min(self.lengths) == max(self.lengths)
+    def _width(self, columns: int, paths: Sequence[Path]) -> int:
+        """Return how wide buffers are made that need so many columns: with free ones, if it is not known how many.
 
-    def _reserve(self, rows: int, columns: int) -> None:
-        for layer, tails in enumerate(self._tails):
-            if tails:
-                self._reserve_layer(layer, rows, columns, like=tails)
-
-    def _reserve_layer(self, layer: int, rows: int, columns: int, *, like: tuple[mx.array, mx.array]) -> None:
-        """Grow a layer's buffers to hold `rows` x `columns`, or shrink them when most of it is unused."""
-        tails = self._tails[layer]
-        held_rows, held = (tails[0].shape[0], tails[0].shape[2]) if tails else (0, 0)
-        if rows <= held_rows <= 2 * rows and columns <= held <= 2 * columns + 16:
-            return
-        width = columns if columns <= self._columns else columns + max(GROWTH, columns // 16)
-        fresh = (_empty(like[0], rows, width), _empty(like[1], rows, width))
-        if tails:
-            keep_rows, keep = min(held_rows, rows), min(held, width)
-            for target, old in zip(fresh, tails, strict=True):
-                target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
-        self._tails[layer] = fresh
-
-
-def _empty(like: mx.array, rows: int, columns: int) -> mx.array:
-    return mx.zeros((rows, like.shape[1], columns, like.shape[3]), like.dtype)
+        Where rows share, free columns are few beside what is shared.
+        """
+        if columns <= self._columns:
+            return columns
+        shared = {(id(kv), used) for path in paths for kv, used in path.nodes}
+        spare = columns // 16
+        if shared:
+            held = sum(used for _, used in shared) + len(paths) * columns
+            spare = min(spare, held // (64 * len(paths)))
+        return columns + max(GROWTH, spare)
 
 
 class LayerCache:
     """One layer's view of a `Batch`, in the form of an mlx-lm cache: `offset`, `make_mask`, `update_and_fetch`.
 
-    `attend` is what `worker.attention.install` makes the model call.
+    `attend` is what `worker.hook.install` makes the model call.
     """
 
     def __init__(self, batch: Batch, layer: int) -> None:
@@ -330,10 +300,9 @@ class LayerCache:
         sinks: mx.array | None,
     ) -> mx.array:
         """Attend to the rows' segments and tails: [B, H, L, D] to [B, H, L, Dv]."""
-        plan = self._batch.plan
-        if not plan.segments:
+        division = self._batch.division
+        if not division.shares:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         if sinks is not None or (mask is not None and mask.dtype != mx.bool_):
             raise NotImplementedError("attention sinks, or scores in the mask, over a shared prefix")
-        form = packed if self._batch.exact else merged
-        return form(queries, keys, values, plan, self._layer, mask=mask, scale=scale)
+        return division.attend(queries, keys, values, self._layer, mask=mask, scale=scale)

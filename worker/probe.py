@@ -14,7 +14,8 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from common.log import logger
-from worker import attention
+from worker import hook
+from worker.forms import MERGED, exactly
 from worker.kv import KV, Batch, Path
 from worker.sequence import Tokens
 from worker.solo import Snapshot, Solo, leaves
@@ -78,7 +79,7 @@ def _candidates(model: Any) -> list[Reuse]:
     caches = make_prompt_cache(model)
     if any(type(cache) is not KVCache for cache in caches):
         return ["snapshot"]
-    hooked = attention.install(model) >= min(len(model.layers), len(caches))
+    hooked = hook.install(model) >= min(len(model.layers), len(caches))
     return ["shared", "copied", "snapshot"] if hooked else ["copied", "snapshot"]
 
 
@@ -130,7 +131,7 @@ def _batches(model: Any, way: Reuse) -> list[Any]:
         return make_prompt_cache(model)
 
     if way == "shared":
-        return [Batch(len(make_cache()), exact=exact) for exact in (True, False)]
+        return [Batch(len(make_cache()), choose) for choose in (exactly, MERGED)]
     return [Solo(make_cache, snapshots=way == "snapshot")]
 
 

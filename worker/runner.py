@@ -133,7 +133,7 @@ class Runner:
         # only now: what comes with mlx must find the BLAS that was opened first
         import mlx.core as mx
 
-        from worker import model, probe
+        from worker import crossover, model, probe
         from worker.cache import WAYS, Limits
         from worker.engine import Engine
 
@@ -148,7 +148,10 @@ class Runner:
         way = probe.reuse(loaded.model, loaded.context_length)
         pictures = int(_PICTURES * budget) if loaded.processor else 0
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget - pictures, picture_bytes=pictures)
-        engine = Engine(loaded, limits, exact=settings.exact, reuse=way)
+        measured = crossover.UNMEASURED
+        if way == "shared" and not settings.exact:
+            measured = crossover.at_load(loaded.model, settings.home, crossover.device_key(device, blas))
+        engine = Engine(loaded, limits, exact=settings.exact, reuse=way, crossover=measured)
         self._stats = engine.stats()
         blind = loaded.processor is not None and way != "shared"
         notes = (

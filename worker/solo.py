@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache
 
-from worker.kv import KV, Path, all_finite, detached
+from worker.kv import KV, Path, all_finite
+from worker.tails import detached
 
 MakeCache = Callable[[], list[Any]]
 
@@ -44,7 +45,10 @@ class Solo:
 
     Attributes:
         lengths: tokens each row has computed beyond its path.
+        isolates: always; no row reads what another wrote.
     """
+
+    isolates = True
 
     def __init__(self, make_cache: MakeCache, *, snapshots: bool) -> None:
         self.lengths: list[int] = []
