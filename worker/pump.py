@@ -293,6 +293,9 @@ class Pump:
     def _launch(self, candidate: Candidate, flight: Flight, stored: Mapping[str, bytes]) -> None:
         self.flights[flight.id] = flight
         self._active_at = time.monotonic()
+        if flight.error is not None:
+            self._outbox.put(flight, flight.error)
+            return
         self.started += 1
         if candidate.prompt is None:
             self._outbox.put(flight, refused(candidate.refusal))
