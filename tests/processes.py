@@ -90,7 +90,11 @@ class Processes:
         self._all: list[Process] = []
 
     def start(self, *argv: str | os.PathLike[str], env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process:
-        """Start a program; `env` is added to the test's environment."""
+        """Start a program; `env` is added to the test's environment.
+
+        What starts before a test has a home, for a whole module, gets one here, and never the developer's own.
+        """
+        home = {"RADIXQ_HOME": str(self._directory / "home" / ".radixq")}
         words = [os.fspath(word) for word in argv]
         log_path = self._directory / f"{len(self._all)}-{Path(words[0]).name}.log"
         with log_path.open("wb") as log:
@@ -100,7 +104,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                env={**home, **os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
                 process_group=self._tether.group,
             )
         process = Process(popen, log_path)
