@@ -406,7 +406,7 @@ def test_a_worker_without_jobs_ends_after_max_idle_time(broker: Broker, start: C
     assert Worker.all(broker.redis) == []
 
 
-@pytest.mark.parametrize("loads", ["slowly", "never"])
+@pytest.mark.parametrize("loads", ["slowly", pytest.param("never", marks=pytest.mark.long)])
 def test_a_worker_that_is_stopped_while_it_starts_ends_in_order(
     broker: Broker, processes: Processes, model: Path, tmp_path: Path, loads: str
 ) -> None:

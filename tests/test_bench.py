@@ -36,6 +36,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_one_command_measures_every_contestant_and_part_and_writes_table_json_and_plot(tmp_path: Path) -> None:
     done = bench("--quick", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.png"))

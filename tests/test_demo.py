@@ -63,7 +63,14 @@ def test_the_demo_with_pictures_sees_each_once_and_says_that_its_words_mean_noth
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
 def test_a_demo_that_is_stopped_at_any_moment_leaves_no_process(
     processes: Processes, tmp_path: Path, ending: signal.Signals
 ) -> None:

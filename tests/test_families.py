@@ -109,6 +109,7 @@ def test_under_pressure_every_way_of_reuse_waits_and_all_jobs_finish_unchanged(n
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNNING)
 def test_a_family_gives_mlx_lms_tokens_in_other_trees_orders_and_chunks(name: str) -> None:
     ties = 0

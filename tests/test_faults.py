@@ -130,6 +130,7 @@ class TestKilled:
         settled(broker, "a", "b")
 
 
+@pytest.mark.long
 class TestCrashes:
     """A process that dies of one of its jobs."""
 
@@ -172,6 +173,7 @@ class TestCrashes:
         settled(broker)
 
 
+@pytest.mark.long
 class TestAsleep:
     """A process that stands still for longer than its leases, as when a lid is closed."""
 
@@ -209,6 +211,7 @@ class TestAsleep:
         settled(broker)
 
 
+@pytest.mark.long
 class TestServer:
     """A server that goes away, is full, or refuses its clients."""
 

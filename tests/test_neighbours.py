@@ -90,6 +90,7 @@ def test_a_home_that_cannot_be_written_gives_a_label_all_the_same(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1_200)
 def test_four_workers_share_the_queue_by_prefixes_and_all_are_busy_to_the_end(
     redis: Redis, redis_url: str, processes: Processes, tmp_path: Path

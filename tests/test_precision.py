@@ -56,6 +56,7 @@ def test_the_measure_is_right_about_logits_that_differ(precision: ModuleType) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_in_float32_smollm2_gives_the_same_top_token_and_logits_within_1e_4(precision: ModuleType) -> None:
     loaded = model.load(str(smollm2_path()), dtype="float32", device=platform.device())
