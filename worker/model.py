@@ -91,6 +91,7 @@ def load(
     """
     path, name = _find(path_or_id)
     read = _read_tokenizer(path, name, max_image_pixels)
+    digest = _digest(path)  # before MLX opens the files: where a disk hangs, it would hold Python's lock, and so all
     model, notes = _with_pictures(path, read, dtype, device) if read.processor else (None, ())
     seeing = model is not None
     if model is None:
@@ -103,7 +104,7 @@ def load(
         processor=read.processor if seeing else None,
         tokenizer=read.tokenizer,
         name=name,
-        digest=_digest(path),
+        digest=digest,
         context_length=read.context_length,
         eos_token_ids=read.eos_token_ids,
         notes=notes,
@@ -196,6 +197,13 @@ def _hint(directory: Path) -> str:
 
 def _digest(path: Path) -> str:
     """Hash names, sizes and content; of weight files the first and last megabyte, to stay under a second."""
+    try:
+        return _hashed(path)
+    except OSError as error:
+        raise ModelNotLoaded(f"cannot load the weights of {path}: {_brief(error)}; download it again") from error
+
+
+def _hashed(path: Path) -> str:
     names = ("*.json", "*.safetensors", "*.model", "*.jinja")
     files = [path] if path.is_file() else sorted({file for name in names for file in path.glob(name)})
     digest = hashlib.sha256()
