@@ -187,7 +187,8 @@ def _progress(counts: Counter[str], ended: int, metrics: dict[str, str]) -> str:
     if "cache_hit_ratio" not in metrics:
         return line
     rates = f"prefill {_number(metrics, 'prefill_tokens_per_s')} and decode {_number(metrics, 'decode_tokens_per_s')}"
-    return f"{line} | {rates} tokens/s | hit ratio {_number(metrics, 'cache_hit_ratio', 2)}"
+    ratio = f" | hit ratio {_number(metrics, 'cache_hit_ratio', 2)}" if ended else ""  # it counts jobs that have ended
+    return f"{line} | {rates} tokens/s{ratio}"
 
 
 def _number(metrics: dict[str, str], name: str, digits: int = 0) -> str:

@@ -42,8 +42,12 @@ def pytest_report_header() -> str:
     return f"BLAS: {_BLAS.name}" + (f" ({_BLAS.note})" if _BLAS.note else "")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of this process's BLAS."""
+    """Keep the tests of this process's BLAS. What is long is slow: `-m "not slow"` leaves it out too."""
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker("slow")
     if sys.platform == "darwin":
         return
     fits = [item for item in items if (item.get_closest_marker("stock_blas") is not None) == _STOCK_BLAS]

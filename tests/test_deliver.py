@@ -550,11 +550,12 @@ def _sweep(desk: Desk) -> None:
 
 
 def test_a_job_that_left_with_its_queue_is_recorded_as_lost_and_expires(desk: Desk, redis_url: str) -> None:
-    ticket = submit("a prompt", redis=redis_url, custom_id="mine")
+    ticket = submit("a prompt", redis=redis_url, custom_id="mine", idempotency_key="once")
     kept = submit("a prompt", redis=redis_url, queue="other")
     Queue("radixq", connection=desk.redis).empty()  # type: ignore[no-untyped-call]
     _sweep(desk)
-    assert 0 < desk.redis.ttl(keys.result(ticket.id)) <= RESULT_TTL_S
+    for key in (keys.result(ticket.id), keys.idempotency("once")):
+        assert 0 < desk.redis.ttl(key) <= RESULT_TTL_S
     assert (ticket.status(), kept.status()) == ("lost", "queued")
     assert desk.redis.hget(keys.result(ticket.id), "custom_id") == b"mine"
     with pytest.raises(GenerationFailed, match="no result came") as caught:

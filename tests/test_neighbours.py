@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from redis import Redis
 from rq.suspension import resume, suspend
 
 from common import keys
+from common.errors import SettingsError
 from producer import submit_many
 from tests.models import save_tiny
 from tests.processes import Process, Processes, wait_until
@@ -84,9 +84,10 @@ def test_a_label_that_a_live_process_has_gets_a_number(tmp_path: Path, processes
     assert label.claim("mac", tmp_path) == "mac"
 
 
-def test_a_home_that_cannot_be_written_gives_a_label_all_the_same(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels").write_text("in the way")
-    assert label.claim("mac", tmp_path) == f"mac-{os.getpid()}"
+    with pytest.raises(SettingsError, match="RADIXQ_HOME cannot be used.*name a directory that can be written"):
+        label.claim("mac", tmp_path)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class BatchWorker(BaseWorker):
         if prepare_for_work:
             self._settings = settings or _from_env()
             names = list(dict.fromkeys([*names, *_model_queues(self._settings)]))
-            self._label = label.claim(self._settings.worker_name or name or socket.gethostname(), self._settings.home)
+            self._label = _claim_label(self._settings, name)
             name = name or _unique(self._label)
             self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
@@ -309,6 +309,13 @@ class BatchWorker(BaseWorker):
 def _from_env() -> Settings:
     try:
         return Settings.from_env()
+    except SettingsError as error:
+        _leave(error)
+
+
+def _claim_label(settings: Settings, name: str | None) -> str:
+    try:
+        return label.claim(settings.worker_name or name or socket.gethostname(), settings.home)
     except SettingsError as error:
         _leave(error)
 

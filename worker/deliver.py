@@ -19,7 +19,7 @@ from common import keys, pictures
 from common.errors import Cancelled, Expired, InternalError, InvalidRequest, RadixqError, WorkerCrashed
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
-from worker import books
+from worker import books, record
 from worker.callbacks import Callbacks
 from worker.flight import Clock, Flight, enqueued_at, iso
 from worker.history import FIELDS as KEPT
@@ -85,7 +85,7 @@ class Outbox:
     def write(self, flight: Flight, pipe: Pipeline) -> None:
         """Append our hash to RQ's transaction. A job that RQ will run again has no time to live."""
         if flight.result is not None:
-            self._write(flight.job.id, flight.result, flight.digests, pipe)
+            record.write(pipe, flight.result, flight.digests, self._settings)
             pipe.hdel(keys.SUSPECTS, flight.job.id)  # it ended without a crash
 
     @property
@@ -100,7 +100,7 @@ class Outbox:
         ends = not job.should_retry
         result = self._crashed(job, body, "failed" if ends else "queued", WorkerCrashed(_NO_SIGN))
         with self._worker.connection.pipeline() as pipe:
-            self._write(job.id, result, pictures.named(body), pipe)
+            record.write(pipe, result, pictures.named(body), self._settings)
             pipe.execute()
         if ends:
             self._abandoned.append((job, WorkerCrashed(_NO_SIGN)))
@@ -122,7 +122,7 @@ class Outbox:
         error = WorkerCrashed(f"{_GIVEN_UP}; radixq dead requeue {job.id} tries it again")
         result = self._crashed(job, body, "failed", error)
         books.append_failure(self._worker, flight, pipe, f"{WorkerCrashed.code}: {_GIVEN_UP}", retry=False)
-        self._write(job.id, result, pictures.named(body), pipe, needed_s=self._settings.result_ttl_s)
+        record.write(pipe, result, pictures.named(body), self._settings, needed_s=self._settings.result_ttl_s)
         fields: dict[Any, Any] = {
             "job_id": job.id, "queue": flight.queue.name, "error_code": WorkerCrashed.code, "reason": _GIVEN_UP,
             "crashes": crashes, "tokens": flight.tokens, "at": iso(self._clock.now()),
@@ -154,19 +154,6 @@ class Outbox:
     def close(self) -> None:
         """Give the callbacks a moment to end."""
         self.callbacks.close()
-
-    def _write(
-        self, job_id: str, result: Result, digests: tuple[str, ...], pipe: Pipeline, *, needed_s: int | None = None
-    ) -> None:
-        """Append the hash of a result, and let the job's pictures go: with its prompt, unless that is needed longer."""
-        key = keys.result(job_id)
-        pipe.delete(key)
-        pipe.hset(key, mapping=cast(dict[Any, Any], result.to_hash()))
-        if result.status != "queued":
-            pipe.expire(key, self._settings.result_ttl_s)
-            pictures.release(pipe, job_id, digests, needed_s or self._settings.prompt_ttl_s)
-            if result.idempotency_key:
-                pipe.expire(keys.idempotency(result.idempotency_key), self._settings.result_ttl_s)
 
     def _succeed_together(self, flights: Sequence[Flight]) -> list[Flight]:
         """Write the successes on which nothing depends in one transaction; return those that were written.

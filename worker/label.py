@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import os
 import re
 from pathlib import Path
 from typing import IO
+
+from common.errors import SettingsError
 
 _held: list[IO[str]] = []  # closing a file would free its label
 
@@ -19,14 +20,15 @@ _held: list[IO[str]] = []  # closing a file would free its label
 def claim(wanted: str, home: Path) -> str:
     """Return `wanted`, or `wanted-2`, `wanted-3` and so on: the first that no live process of this home has.
 
-    Where nothing can be written to the home, the process id makes it unique.
+    Raises:
+        SettingsError: the home cannot be written.
     """
     directory = home / "labels"
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         return _claim(wanted, directory)
-    except OSError:
-        return f"{wanted}-{os.getpid()}"
+    except OSError as error:
+        raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
 
 
 def _claim(wanted: str, directory: Path) -> str:

@@ -24,6 +24,7 @@ from common.log import logger
 from common.messages import Failure, Result
 from common.serializer import JobSerializer
 from common.settings import Settings
+from worker import record
 from worker.history import labels
 from worker.job import QueuedJob
 from worker.reject import is_id, to_text
@@ -140,7 +141,6 @@ class Orphans:
         CanceledJobRegistry(job.origin, self._connection).add(job, ttl=self._settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, self._settings.prompt_ttl_s)
         key, body = keys.result(job.id), job.body(self._settings.max_job_bytes)
-        pictures.release(pipe, job.id, pictures.named(body), self._settings.prompt_ttl_s)
         try:
             before = Result.model_validate_json(self._connection.hget(key, "json") or b"")
         except (ValidationError, ResponseError):  # not submitted through us
@@ -148,11 +148,7 @@ class Orphans:
         failure = Failure(code=Cancelled.code, message=f"never started: {why}")
         timing = before.timing.model_copy(update={"finished_at": now})
         result = before.model_copy(update={"id": job.id, "status": "cancelled", "error": failure, "timing": timing})
-        pipe.delete(key)
-        pipe.hset(key, mapping=result.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
-        pipe.expire(key, self._settings.result_ttl_s)
-        if result.idempotency_key:
-            pipe.expire(keys.idempotency(result.idempotency_key), self._settings.result_ttl_s)
+        record.write(pipe, result, pictures.named(body), self._settings)
 
 
 def _why(parents: Sequence[_Parent], allowed: bool) -> str | None:

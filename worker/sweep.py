@@ -17,7 +17,10 @@ from common.log import logger
 from common.messages import Failure, Result, Status, Timing
 from common.serializer import JobSerializer
 from common.settings import Settings
+from worker import record
 from worker.flight import Clock, iso
+from worker.history import FIELDS as KEPT
+from worker.history import History
 
 SLICE: Final = 1_000
 _OPEN: Final = (b"queued", b"running")
@@ -86,9 +89,9 @@ class Sweep:
         return "failed", "worker_crashed" if "AbandonedJobError" in said else "internal", said.splitlines()[-1]
 
     def _append(self, pipe: Pipeline, job_id: str, status: Status, code: str, message: str) -> None:
-        known = ("attempts", "submitted_at", "custom_id", "batch_id")
+        known = ("attempts", "submitted_at", "custom_id", "batch_id", *KEPT)
         values = cast("list[bytes | None]", self._connection.hmget(keys.result(job_id), *known))
-        attempts, submitted_at, custom_id, batch_id = (value.decode() if value else None for value in values)
+        attempts, submitted_at, custom_id, batch_id = (value.decode() if value else None for value in values[:4])
         result = Result(
             id=job_id,
             status=status,
@@ -97,10 +100,9 @@ class Sweep:
             batch_id=batch_id,
             error=Failure(code=code, message=message),
             timing=Timing(submitted_at=submitted_at, finished_at=iso(self._clock.now())),
+            **History.read(values[4:]).fields(),
         )
-        pipe.delete(keys.result(job_id))
-        pipe.hset(keys.result(job_id), mapping=result.to_hash())  # type: ignore[arg-type]  # an invariant dict
-        pipe.expire(keys.result(job_id), self._settings.result_ttl_s)
+        record.write(pipe, result, (), self._settings)  # its pictures: see common.pictures.sweep
         pipe.expire(Job.key_for(job_id), self._settings.prompt_ttl_s)
         pipe.hdel(keys.SUSPECTS, job_id)
         _log.warning("closed the record of a job", extra={"job": job_id, "status": status, "reason": message})
