@@ -18,7 +18,7 @@ from tests.models import save_tiny
 from tests.processes import Process, Processes, wait_until
 from worker import label
 from worker.group import Neighbours
-from worker.neighbours import Neighbourhood
+from worker.neighbours import Neighbourhood, ask_who
 
 NUM_PREFIXES, NUM_WORKERS, NUM_JOBS = 8, 4, 2_000
 Join = Callable[..., Neighbourhood]
@@ -34,33 +34,39 @@ def neighbourhood(redis: Redis, redis_url: str) -> Join:
     return join
 
 
-def test_a_worker_alone_has_no_neighbours(neighbourhood: Join) -> None:
+def heard(redis: Redis, worker: Neighbourhood) -> Neighbours | None:
+    with redis.pipeline(transaction=False) as pipe:
+        ask_who(pipe)
+        return worker.read(*pipe.execute())
+
+
+def test_a_worker_alone_has_no_neighbours(redis: Redis, neighbourhood: Join) -> None:
     alone = neighbourhood("a")
     alone.tell(frozenset({1}))
-    assert alone.read() is None
+    assert heard(redis, alone) is None
 
 
-def test_neighbours_read_where_a_worker_is_and_where_it_was(neighbourhood: Join) -> None:
+def test_neighbours_read_where_a_worker_is_and_where_it_was(redis: Redis, neighbourhood: Join) -> None:
     first, second = neighbourhood("a"), neighbourhood("b")
     first.tell(frozenset({1, 2}))
     first.tell(frozenset({1, 3}))
     second.tell(frozenset({4}))
     expected = Neighbours(frozenset({1, 3}), senior=frozenset({1, 3}), held=frozenset({2}), own=frozenset({4}))
-    assert second.read() == expected
-    assert first.read() == Neighbours(frozenset({4}), own=frozenset({1, 2, 3}))
+    assert heard(redis, second) == expected
+    assert heard(redis, first) == Neighbours(frozenset({4}), own=frozenset({1, 2, 3}))
 
 
-def test_a_worker_that_ran_out_of_jobs_is_nowhere(neighbourhood: Join) -> None:
+def test_a_worker_that_ran_out_of_jobs_is_nowhere(redis: Redis, neighbourhood: Join) -> None:
     first, second = neighbourhood("a"), neighbourhood("b")
     first.tell(frozenset({1}))
     first.tell(frozenset())
-    assert second.read() == Neighbours(frozenset(), held=frozenset({1}))
+    assert heard(redis, second) == Neighbours(frozenset(), held=frozenset({1}))
 
 
-def test_workers_of_another_model_are_no_neighbours(neighbourhood: Join) -> None:
+def test_workers_of_another_model_are_no_neighbours(redis: Redis, neighbourhood: Join) -> None:
     first, second = neighbourhood("a", "llama"), neighbourhood("b", "llama.2")
     first.tell(frozenset({1}))
-    assert second.read() == Neighbours(frozenset())
+    assert heard(redis, second) == Neighbours(frozenset())
 
 
 def test_what_a_worker_told_vanishes_with_it(redis: Redis, neighbourhood: Join) -> None:

@@ -157,6 +157,15 @@ def test_a_settled_job_that_still_waits_is_new_and_one_that_was_claimed_is_forgo
     assert [candidate.job_id for candidate in window.offer(2)] == [left.id]
 
 
+def test_a_short_queue_may_be_read_again_at_once_and_a_long_one_not(redis: Redis, window: Window) -> None:
+    enqueue(redis, "one")
+    window.look()
+    assert window.earliest <= time.monotonic()
+    enqueue(redis, *map(str, range(1_000)))
+    window.look()
+    assert window.earliest > time.monotonic()
+
+
 def test_a_job_cancelled_while_it_waits_is_not_offered(redis: Redis, window: Window) -> None:
     cancelled, stays = enqueue(redis, "one", "two")
     read_all(window)

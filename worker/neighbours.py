@@ -10,17 +10,25 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import redis
 
 from common import keys
 from worker.group import Neighbours
 
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
 _MOST_HELD: Final = 128
 _MOST_WORKERS: Final = 64
 _AGAIN_S: Final = keys.PREFIXES_TTL_S / 3
 _RUN, _HELD = b"run:", b"held:"
+
+
+def ask_who(pipe: Pipeline) -> None:
+    """Append the question which workers are on this server."""
+    pipe.zrevrange(keys.WORKERS, 0, _MOST_WORKERS - 1)
 
 
 class Neighbourhood:
@@ -54,9 +62,8 @@ class Neighbourhood:
                 pipe.expire(key, keys.PREFIXES_TTL_S)
             pipe.execute()
 
-    def read(self) -> Neighbours | None:
-        """Return what the others said; None if nobody else is there."""
-        labels = cast(list[bytes], self._redis.zrevrange(keys.WORKERS, 0, _MOST_WORKERS - 1))
+    def read(self, labels: Iterable[bytes]) -> Neighbours | None:
+        """Return what the others said; None if nobody else is there. `labels` answers `ask_who`."""
         others = sorted(label.decode(errors="replace") for label in labels if label != self._label.encode())
         if not others:
             return None

@@ -27,7 +27,7 @@ from common.messages import Failure
 from common.settings import Settings
 from worker.group import Plan, Waiting
 from worker.job import EXPIRED
-from worker.neighbours import Neighbourhood
+from worker.neighbours import Neighbourhood, ask_who
 from worker.pictures import fetch
 from worker.prepare import prepare, read_job, seeded, too_large
 from worker.reject import is_id, to_text
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 CLIENT_NAME: Final = "radixq-scout"
 SOCKET_S: Final = 5.0
-_LOOK_SHARE: Final = 20  # reading ids takes at most one part in so many of the time
+_LOOK_SHARE: Final = 20  # reading many ids takes at most one part in so many of the time
+_FEW: Final = 64  # ids cost next to nothing to read: a job that comes alone is seen at once
 _NONE: Final = np.empty(0, np.int32)
 _SLICE_JOBS: Final = 64
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
@@ -148,9 +149,9 @@ class Window:
         """
         if self._neighbourhood is not None:
             self._neighbourhood.tell(frozenset() if self.nothing_to_offer else self._plan.trail())
-            self._plan.heed(self._neighbourhood.read())
         started = time.monotonic()
         with self._redis.pipeline(transaction=False) as pipe:
+            ask_who(pipe)
             pipe.time()
             for key in self.queue_keys:
                 pipe.llen(key)
@@ -158,7 +159,9 @@ class Window:
                 pipe.lindex(key, -1)
             if self.empty:  # whatever there is now is new: one round trip is enough
                 self._list(pipe)
-            (seconds, micros), *replies = pipe.execute()
+            workers, (seconds, micros), *replies = pipe.execute()
+        if self._neighbourhood is not None:
+            self._plan.heed(self._neighbourhood.read(workers))
         self._ahead_s = seconds + micros / 1e6 - time.time()
         ends, listed = replies[: 3 * len(self.queue_keys)], replies[3 * len(self.queue_keys) :]
         if ends == self._ends and not self._stale:
@@ -168,7 +171,7 @@ class Window:
         self._forget([job_id for job_id in self._home if job_id not in present and job_id not in self._offered])
         self._unread = deque((job_id, queue) for job_id, queue in present.items() if job_id not in self._home)
         now = time.monotonic()
-        self.earliest = now + _LOOK_SHARE * (now - started)
+        self.earliest = now + _LOOK_SHARE * (now - started) if len(present) > _FEW else now
 
     def fetch(self) -> None:
         """Get payloads of the next unread jobs, in bounded slices; one that is too large stays in Redis."""
