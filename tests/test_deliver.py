@@ -90,7 +90,7 @@ class Desk:
         self.worker._pump = self.pump
         self.outbox = self.pump.outbox
         self.outbox.model = "tiny"
-        self._drain = Drain(self.worker, Clock(), "mac", 100)
+        self._drain = Drain(self.worker, Clock(), "mac", settings)
 
     def close(self) -> None:
         self.outbox.close()

@@ -24,6 +24,7 @@ from worker.scout import Candidate
 from worker.suspects import Suspicion
 
 WINDOW = 50
+SETTINGS = Settings.from_env({"RADIXQ_WINDOW_JOBS": str(WINDOW)})
 Result = dict[str, str]
 
 
@@ -79,7 +80,7 @@ def worker(client: Brittle) -> BatchWorker:
 
 @pytest.fixture
 def drain(worker: BatchWorker) -> Drain:
-    return Drain(worker, Clock(), "mac", WINDOW)
+    return Drain(worker, Clock(), "mac", SETTINGS)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_job_that_is_cancelled_while_it_is_taken_does_not_run(
                 getattr(jobs[0], how)()
             return super()._begin(*arguments)
 
-    drain = Meddling(worker, Clock(), "mac", WINDOW)
+    drain = Meddling(worker, Clock(), "mac", SETTINGS)
     assert take(drain, jobs) == []  # somebody touched one of them: look again
     assert drain.unsure
     assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]

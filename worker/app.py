@@ -89,7 +89,7 @@ class BatchWorker(BaseWorker):
             name = name or _unique(self._label)
             self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
-            QueuedJob.max_bytes, QueuedJob.keep_s = self._settings.max_job_bytes, self._settings.prompt_ttl_s
+            QueuedJob.max_bytes, QueuedJob.keep_s = int(self._settings.max_job_bytes), self._settings.prompt_ttl_s
             bounded_in_registries()
         super().__init__(names, name, connection=connection, prepare_for_work=prepare_for_work, **options)
         self.push_exc_handler(self._abandoned)  # type: ignore[no-untyped-call]

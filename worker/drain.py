@@ -20,16 +20,17 @@ from rq.worker import BaseWorker, WorkerStatus
 from common import keys
 from common.errors import Expired
 from common.log import logger
-from worker import history
+from worker import history, reject
 from worker.flight import Clock, Flight, enqueued_at, iso
 from worker.job import DAMAGED, EXPIRED, QueuedJob, answer, ask
-from worker.leases import LEASE_S, fence
+from worker.leases import LEASE_S, fence, watch
 from worker.ledger import Entry, Ledger, field
 from worker.suspects import Suspicion
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
+    from common.settings import Settings
     from worker.scout import Candidate
 
 _log = logger("worker.drain")
@@ -39,19 +40,26 @@ _OF_AN_ATTEMPT = (
     "error_message", "finished_at", "queued_ms", "prefill_ms", "decode_ms", "total_ms", "json",
 )  # fmt: skip
 
-# Claims what still waits near the head. LPOS first: LREM of an id that is gone would scan the whole list.
-_CLAIM = """
-local claimed = {}
+# Claims what still waits near the head, and reports what RQ cannot handle. LPOS first: LREM of an id that is gone would
+# scan the whole list.
+_CLAIM = (
+    reject.WRONG
+    + """
+local claimed, refused = {}, {}
 for i = 3, #ARGV do
-  if redis.call('LPOS', KEYS[1], ARGV[i], 'MAXLEN', ARGV[1]) then
+  local key, kind = wrong(4 + (i - 3) * #kinds)
+  if key then
+    refused[#refused + 1] = {ARGV[i], key, kind}
+  elseif redis.call('LPOS', KEYS[1], ARGV[i], 'MAXLEN', ARGV[1]) then
     redis.call('LREM', KEYS[1], 1, ARGV[i])
     redis.call('RPUSH', KEYS[2], ARGV[i])
     redis.call('HSET', KEYS[3], ARGV[i] .. ':', ARGV[2])
     claimed[#claimed + 1] = ARGV[i]
   end
 end
-return claimed
+return {claimed, refused}
 """
+)
 # Undoes a claim whose answer never came, or whose worker died. A job that somebody runs is in no list.
 _UNCLAIM = """
 for i = #ARGV, 1, -1 do
@@ -75,12 +83,12 @@ class _Claimed:
 class Drain:
     """What one worker takes out of its queues."""
 
-    def __init__(self, worker: BaseWorker, clock: Clock, label: str, window_jobs: int) -> None:
+    def __init__(self, worker: BaseWorker, clock: Clock, label: str, settings: Settings) -> None:
         self._worker = worker
         self._connection = worker.connection
         self._clock = clock
         self._label = label
-        self._window_jobs = window_jobs
+        self._settings = settings
         self._queues = {queue.name: queue for queue in worker.queues}
         self._claim_script = self._connection.register_script(_CLAIM)
         self._unclaim_script = self._connection.register_script(_UNCLAIM)
@@ -131,23 +139,34 @@ class Drain:
         self._unclaim_script(keys=[queue.key, queue.intermediate_queue_key, ledger.key], args=ids)
 
     def _claim(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Take the candidates that still wait out of their queues; fail those that RQ cannot handle."""
         by_queue: dict[str, list[str]] = {}
         for candidate in candidates:
-            by_queue.setdefault(candidate.queue, []).append(candidate.job_id)
+            if reject.is_id(candidate.job_id):
+                by_queue.setdefault(candidate.queue, []).append(candidate.job_id)
+            else:
+                self._reject(candidate.queue, candidate.job_id, reject.BAD_ID)
         self._unsure = by_queue
         ours: set[str] = set()
         for name, ids in by_queue.items():
             queue = self._queues[name]
             lists = [queue.key, queue.intermediate_queue_key, self.ledger.key]
-            answer = self._claim_script(keys=lists, args=[self._window_jobs, Entry("", "", name).text, *ids])
-            ours.update(job_id.decode() for job_id in cast(list[bytes], answer))
+            named = [key for job_id in ids for key in reject.keys_of(job_id)]
+            words: list[Any] = [self._settings.window_jobs, Entry("", "", name).text, *ids]
+            claimed, refused = cast(list[Any], self._claim_script(keys=[*lists, *named], args=words))
+            ours.update(map(bytes.decode, claimed))
+            for job_id, key, kind in refused:
+                self._reject(name, job_id.decode(), reject.belongs_not(key, kind))
         return [candidate for candidate in candidates if candidate.job_id in ours]
+
+    def _reject(self, queue_name: str, job_id: str, reason: str) -> None:
+        now = iso(self._clock.now())
+        reject.reject(self._connection, self._queues[queue_name], job_id, reason, now, self._settings)
 
     def _start(self, claimed: Sequence[Candidate], model: str) -> list[tuple[Candidate, Flight]]:
         """Start what may run and let go of the rest, unless somebody touches any of these jobs meanwhile."""
         with self._connection.pipeline() as pipe:
-            pipe.watch(self.ledger.key, *(QueuedJob.key_for(candidate.job_id) for candidate in claimed))  # type: ignore[no-untyped-call]
-            ready = self._look(claimed)
+            ready = self._look(claimed, pipe)
             pipe.multi()
             for candidate in claimed:
                 if candidate.job_id not in ready:
@@ -164,21 +183,22 @@ class Drain:
             self._complete(flight, *replies[mark : mark + 3])
         return taken
 
-    def _look(self, claimed: Sequence[Candidate]) -> dict[str, _Claimed]:
-        """Read the claimed jobs and return those that may run, by id."""
-        with self._connection.pipeline(transaction=False) as pipe:
-            for candidate in claimed:
-                ask(pipe, candidate.job_id)
-                pipe.hget(keys.SUSPECTS, candidate.job_id)
-                pipe.zcount(ExecutionRegistry(candidate.job_id, self._connection).key, time.time(), "+inf")
-                pipe.hexists(self.ledger.key, field(candidate.job_id))
-            replies = pipe.execute()
+    def _look(self, claimed: Sequence[Candidate], pipe: Pipeline) -> dict[str, _Claimed]:
+        """Watch and read the claimed jobs and return those that may run, by id."""
+        ids = [candidate.job_id for candidate in claimed]
+        with self._connection.pipeline(transaction=False) as questions:
+            questions.hmget(keys.SUSPECTS, ids)
+            questions.hmget(self.ledger.key, [field(job_id) for job_id in ids])
+            for job_id in ids:
+                ask(questions, job_id)
+                questions.zcount(ExecutionRegistry(job_id, self._connection).key, time.time(), "+inf")
+            suspicions, entries, *replies = watch(pipe, [self.ledger.key, *map(QueuedJob.key_for, ids)], questions)
         ready: dict[str, _Claimed] = {}
-        for candidate, reply, suspicion, executions, ours in zip(
-            claimed, *(replies[n::4] for n in range(4)), strict=True
+        for candidate, suspicion, entry, reply, executions in zip(
+            claimed, suspicions, entries, replies[::2], replies[1::2], strict=True
         ):
             raw = answer(reply)
-            why_not = _why_not(raw, executions, ours)
+            why_not = _why_not(raw, executions, ours=entry is not None)
             if why_not:
                 _log.warning("not started", extra={"job": candidate.job_id, "reason": why_not})
                 continue

@@ -5,10 +5,11 @@ RQ's books only; knows no results and no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import redis.exceptions
 from rq.job import JobStatus
 from rq.worker import BaseWorker
 from rq.worker_registration import register
@@ -33,11 +34,43 @@ def fence(worker: BaseWorker, flights: Sequence[Flight]) -> Iterator[tuple[Pipel
     Raises:
         redis.exceptions.WatchError: on execute, if so; look again.
     """
-    with worker.connection.pipeline() as pipe:
+    with worker.connection.pipeline() as pipe, worker.connection.pipeline(transaction=False) as questions:
         jobs = [flight.job for flight in flights]
         keys = [key for job in jobs for key in (job.key, job.dependents_key)]
-        pipe.watch(*keys, *(flight.execution.key for flight in flights))  # type: ignore[no-untyped-call]
-        yield pipe, split(worker, flights)[0]
+        _ask(questions, flights)
+        replies = watch(pipe, [*keys, *(flight.execution.key for flight in flights)], questions)
+        yield pipe, _split(flights, replies)[0]
+
+
+def watch(pipe: Pipeline, keys: Iterable[str], questions: Pipeline) -> list[Any]:
+    """Watch the keys and then read what `questions` holds; return the replies.
+
+    One round trip, where redis-py by itself would take one to watch and one for each question.
+
+    Raises:
+        redis.exceptions.ResponseError: the server refused one of them; the keys are watched all the same.
+    """
+    asked = [(("WATCH", *keys), {}), *questions.command_stack]
+    connection: Any = pipe.connection_pool.get_connection()
+    pipe.connection = connection
+    try:
+        connection.send_packed_command(connection.pack_commands([words for words, _ in asked]))
+        replies = [_reply(pipe, connection, words[0], options) for words, options in asked]
+    except redis.exceptions.RedisError:
+        connection.disconnect()
+        pipe.watching = False  # else the pipeline would connect again to unwatch
+        raise
+    for reply in replies:
+        if isinstance(reply, redis.exceptions.ResponseError):
+            raise reply
+    return replies[1:]
+
+
+def _reply(pipe: Pipeline, connection: Any, command: str, options: dict[str, Any]) -> Any:
+    try:
+        return pipe.parse_response(connection, command, **options)  # type: ignore[no-untyped-call]
+    except redis.exceptions.ResponseError as error:
+        return error
 
 
 def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
@@ -46,11 +79,18 @@ def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], 
     Notes RQ's status of each job, and whether other jobs wait for it.
     """
     with worker.connection.pipeline(transaction=False) as pipe:
-        for flight in flights:
-            pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
-            pipe.hget(flight.job.key, "status")
-            pipe.exists(flight.job.dependents_key)
-        replies = pipe.execute()
+        _ask(pipe, flights)
+        return _split(flights, pipe.execute())
+
+
+def _ask(pipe: Pipeline, flights: Sequence[Flight]) -> None:
+    for flight in flights:
+        pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
+        pipe.hget(flight.job.key, "status")
+        pipe.exists(flight.job.dependents_key)
+
+
+def _split(flights: Sequence[Flight], replies: Sequence[Any]) -> tuple[list[Flight], list[Flight]]:
     leases, statuses, awaited = (replies[n::3] for n in range(3))
     for flight, status, others in zip(flights, statuses, awaited, strict=True):
         flight.status, flight.awaited = status.decode(errors="replace") if status else None, bool(others)

@@ -30,7 +30,6 @@ from worker.orphans import Orphans
 from worker.outage import explain
 from worker.pictures import fetch
 from worker.recent import Recent
-from worker.reject import without_rejects
 from worker.sequence import Died, Event, Finished, Ready
 from worker.suspects import RECORD_TOKENS, may_join
 from worker.sweep import Sweep
@@ -63,7 +62,7 @@ class Pump:
     def __init__(self, worker: BatchWorker, settings: Settings, label: str, runner: Runner, scout: Scout) -> None:
         self._worker, self._settings, self._runner, self._scout = worker, settings, runner, scout
         self._clock = Clock()
-        self._drain = Drain(worker, self._clock, label, settings.window_jobs)
+        self._drain = Drain(worker, self._clock, label, settings)
         self._outbox = Outbox(worker, settings, self._clock, label)
         self._takeover = Takeover(worker, self._drain, self._outbox, settings.home)
         self._sweep = Sweep(worker.connection, settings, self._clock)
@@ -232,9 +231,8 @@ class Pump:
         if not batch:
             return
         try:
-            accepted = self._accepted(batch)
-            stored = self._fetch(accepted)
-            for candidate, flight in self._drain.take(accepted, self._outbox.model):
+            stored = self._fetch(batch)
+            for candidate, flight in self._drain.take(batch, self._outbox.model):
                 self._launch(candidate, flight, stored)
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
@@ -272,10 +270,6 @@ class Pump:
     def _is_over(self, candidate: Candidate) -> bool:
         """Whether it is only to be told so: it was refused, or its time has come."""
         return candidate.prompt is None or candidate.expires_s <= self._clock.now()
-
-    def _accepted(self, batch: list[Candidate]) -> list[Candidate]:
-        queues = {queue.name: queue for queue in self._worker.queues}
-        return without_rejects(self._worker.connection, queues, batch, iso(self._clock.now()), self._settings)
 
     @property
     def _open(self) -> bool:

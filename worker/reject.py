@@ -6,8 +6,7 @@ Such a job never becomes RQ's `Job`; one script takes the id out of the queue an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from redis import Redis
 from rq.executions import ExecutionRegistry
@@ -20,9 +19,6 @@ from common.errors import InvalidRequest
 from common.log import logger
 from common.messages import Failure, Result, Timing
 from common.settings import Settings
-
-if TYPE_CHECKING:
-    from worker.window import Candidate
 
 BAD_ID: Final = (
     "the job's id must be letters, digits, '_' and '-', which is all that RQ accepts; submit it under another"
@@ -47,41 +43,29 @@ return 1
 """
 
 
-# The first key of a job that is not of its type, and what it is. ARGV: the types.
-_WRONG: Final = """
-for i, key in ipairs(KEYS) do
-  local kind = redis.call('TYPE', key).ok
-  if kind ~= 'none' and kind ~= ARGV[i] then return {key, kind} end
+# Lua: the first key of the job whose keys begin at KEYS[at], and what it is, if that is not what belongs there.
+WRONG: Final = """
+local kinds = {'hash', 'hash', 'set', 'set', 'stream', 'zset'}
+local function wrong(at)
+  for i, kind in ipairs(kinds) do
+    local found = redis.call('TYPE', KEYS[at + i - 1]).ok
+    if found ~= 'none' and found ~= kind then return KEYS[at + i - 1], found end
+  end
 end
-return {}
 """
-_TYPES: Final = ("hash", "hash", "set", "set", "stream", "zset")
 
 
-def without_rejects(
-    connection: Redis, queues: Mapping[str, Queue], candidates: Sequence[Candidate], now: str, settings: Settings
-) -> list[Candidate]:
-    """Return the candidates that RQ can handle, and reject the others."""
-    wrong = {one.job_id: BAD_ID for one in candidates if not is_id(one.job_id)}
-    known = [one.job_id for one in candidates if one.job_id not in wrong]
-    with connection.pipeline(transaction=False) as pipe:
-        for job_id in known:
-            pipe.eval(_WRONG, len(_TYPES), *_keys_of(job_id), *_TYPES)
-        for job_id, found in zip(known, pipe.execute() if known else [], strict=True):
-            if found:
-                key, kind = (word.decode(errors="replace") for word in found)
-                wrong[job_id] = f"{key} holds a {kind}, which is not what belongs there; delete it and submit again"
-    for one in candidates:
-        if one.job_id in wrong:
-            reject(connection, queues[one.queue], one.job_id, wrong[one.job_id], now, settings)
-    return [one for one in candidates if one.job_id not in wrong]
-
-
-def _keys_of(job_id: str) -> tuple[str, ...]:
+def keys_of(job_id: str) -> tuple[str, ...]:
+    """Return the keys of a job that `WRONG` looks at."""
     dependencies = f"{Job.redis_job_namespace_prefix}:{job_id}:dependencies"
     results: str = RqResult.get_key(job_id)  # type: ignore[no-untyped-call]
     executions = ExecutionRegistry.key_template.format(job_id)
     return Job.key_for(job_id), keys.result(job_id), Job.dependents_key_for(job_id), dependencies, results, executions
+
+
+def belongs_not(key: bytes, kind: bytes) -> str:
+    """Say what is wrong with a job whose `key` is of that kind."""
+    return f"{key.decode()} holds a {kind.decode()}, which is not what belongs there; delete it and submit again"
 
 
 def is_id(job_id: str) -> bool:

@@ -178,7 +178,7 @@ class Window:
         if self._raw or not self._unread or not self._has_room():
             return
         slice_ = [self._unread[at] for at in range(min(_SLICE_JOBS, len(self._unread)))]
-        limit = self._settings.max_job_bytes
+        limit = int(self._settings.max_job_bytes)  # hiredis, where it is installed, takes no subclass of int
         wanted = [Job.key_for(job_id) if is_id(job_id) else "" for job_id, _ in slice_]
         found = self._fetch_script(keys=wanted, args=[limit, _SLICE_BYTES])
         for (job_id, queue), data in zip(slice_, cast(list[bytes | int], found), strict=False):
