@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def suspicion(redis: Redis, job: Job) -> Suspicion | None:
     return Suspicion.parse(text)
 
 
+def codes(redis: Redis, job: Job) -> list[str]:
+    """Return how the attempts before the last one ended, as the record says."""
+    written: Any = redis.hget(keys.result(job.id), "errors")
+    return [attempt["code"] for attempt in json.loads(written or b"[]")]
+
+
 def expire(redis: Redis, *flights: Flight) -> None:
     for flight in flights:
         redis.zadd(flight.job.started_job_registry.key, {flight.execution.composite_key: 1})
@@ -109,6 +116,7 @@ def test_what_a_dead_process_of_this_machine_ran_is_back_at_once_in_order_and_no
     assert waiting(redis) == [job.id for job in jobs]
     assert {Job.fetch(job.id, redis, JobSerializer).retries_left for job in jobs} == {2}
     assert {suspicion(redis, job) for job in jobs[:3]} == {Suspicion(limit=2)}
+    assert [codes(redis, job) for job in jobs] == [["worker_crashed"]] * 3 + [[]]
     assert suspicion(redis, jobs[3]) is None
     assert redis.zcard("rq:wip:radixq") == 0
     assert [worker.name for worker in Worker.all(redis)] == [next_one.worker.name]
@@ -201,6 +209,7 @@ def test_a_job_that_kills_its_process_alone_is_given_up_with_its_prompt_kept_for
     fields: Any = redis.hgetall(keys.result(job.id))
     assert (fields[b"status"], fields[b"error_code"]) == (b"failed", b"worker_crashed")
     assert fields[b"attempts"] == str(times).encode()
+    assert codes(redis, job) == ["worker_crashed"] * (times - 1)  # and the last one is the error itself
     listed: Any = redis.xrange(keys.DEAD)
     ((_, entry),) = listed
     assert (entry[b"job_id"], entry[b"crashes"]) == (job.id.encode(), str(times).encode())

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _log = logger("worker.deliver")
 _REFUSING: tuple[type[RadixqError], ...] = (InvalidRequest, *InvalidRequest.__subclasses__(), Expired, InternalError)
 _NO_SIGN = "the worker that ran the job gave no more sign of life"
+_DIED = "the worker process died while it had the job in hand"
 _GIVEN_UP = "the worker process died each time it ran this job alone, at the same point"
 _MAX_DEAD = 10_000
 _REFUSALS = {error.code: error for error in _REFUSING}
@@ -129,6 +130,11 @@ class Outbox:
         }  # fmt: skip
         pipe.xadd(keys.DEAD, fields, maxlen=_MAX_DEAD, approximate=True)
         _log.error("given up", extra={"job": job.id, "crashes": crashes, "code": WorkerCrashed.code})
+
+    def note_crash(self, flight: Flight, pipe: Pipeline) -> None:
+        """Append to the record of a job that will run again how this attempt ended."""
+        result = self._crashed(flight.job, None, "queued", WorkerCrashed(_DIED))
+        pipe.hset(keys.result(flight.job.id), "errors", result.to_hash()["errors"])
 
     def buried(self, flight: Flight) -> None:
         """Call back for a job that was given up, once that is committed."""

@@ -46,9 +46,9 @@ class Takeover:
         """
         return sum(self._take_over(ledger) for ledger in self._drain.ledger.others())
 
-    def suspect(self, flights: Sequence[Flight]) -> int:
-        """Hand back what runs here, because the engine died of one of these jobs."""
-        return self._hand_back(self._drain.ledger, flights, len(flights), spoke=True)
+    def suspect(self, flights: Sequence[Flight], *, spoke: bool = True) -> int:
+        """Hand back what is in our hands, because the engine, or the scout, died of one of these jobs."""
+        return self._hand_back(self._drain.ledger, flights, len(flights), spoke=spoke)
 
     def _take_over(self, ledger: Ledger) -> int:
         words = life.last_words(self._home, ledger.name)
@@ -137,6 +137,7 @@ class Takeover:
             if ours or flight.status == JobStatus.QUEUED:
                 pipe.hset(keys.SUSPECTS, flight.job.id, str(after))
             if ours:
+                self._outbox.note_crash(flight, pipe)
                 self._drain.put_back(flight, ledger, pipe)
         elif ours:
             flight.guilty = True
