@@ -5,6 +5,7 @@ Real processes, a real server, a tiny model. Leases of 90 s are ended early by m
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -22,52 +23,21 @@ from rq.job import Job, JobStatus
 
 from common import keys
 from common.serializer import JobSerializer
+from tests import lethal
 from tests.broker import ENDLESS, Broker
-from tests.models import save_endless, tiny_tokenizer
-from tests.processes import ROOT, Process, Processes, wait_until
+from tests.lethal import POISON
+from tests.models import save_endless, smollm2_path
+from tests.processes import Process, Processes, wait_until
 from worker import server
 from worker.suspects import LONE_SILENT, LONE_SPOKE
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
-POISON = "~"
 KILLS = int(os.environ.get("RADIXQ_TEST_KILLS", "8"))  # fifty take half an hour
 PATIENCE_S = 400.0  # for a process that starts, runs some jobs and ends, on a busy machine
 _SOAK = pytest.mark.skipif(
     "RADIXQ_TEST_KILLS" not in os.environ, reason="seven starts of a worker; runs with RADIXQ_TEST_KILLS"
 )
 pytestmark = pytest.mark.timeout(900)  # many processes start one after the other
-
-# Put in front of PYTHONPATH: the engine ends its process soon after it decodes a prompt with POISON in it.
-_LETHAL = """
-import importlib.abc, importlib.util, os, signal, sys
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "worker.engine":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), arm(module.Engine))
-        return spec
-
-def arm(engine):
-    add, step = engine.add, engine.step
-    doomed, steps = set(), [0]
-    def adding(self, job_id, prompt):
-        if {token} in prompt.tokens:
-            doomed.add(job_id)
-        add(self, job_id, prompt)
-    def stepping(self):
-        events = step(self)
-        steps[0] += bool(doomed & set(self.running))
-        if steps[0] > 2:
-            {death}
-        return events
-    engine.add, engine.step = adding, stepping
-
-sys.meta_path.insert(0, Hook())
-"""
 
 
 @pytest.fixture
@@ -90,8 +60,8 @@ def start(processes: Processes, broker: Broker, model: Path) -> Callable[..., Pr
     return start
 
 
-def num_finished(broker: Broker, jobs: Sequence[Job]) -> int:
-    return [broker.status(job) for job in jobs].count("finished")
+def num_with(broker: Broker, jobs: Sequence[Job], status: str) -> int:
+    return [broker.status(job) for job in jobs].count(status)
 
 
 def settled(broker: Broker, *queues: str) -> None:
@@ -114,11 +84,13 @@ class TestKilled:
         rng = random.Random(kills)
         submitted = [broker.enqueue(rng.choice((3, 10, 40, 150)), rng.choice(("a", "b"))) for _ in range(jobs)]
         for _ in range(kills):
-            enough = min(jobs, num_finished(broker, submitted) + rng.randrange(2 * jobs // kills))
+            enough = min(jobs, num_with(broker, submitted, "finished") + rng.randrange(2 * jobs // kills))
             worker = start("a", "b")
             if rng.random() < 0.8:
                 worker.wait_for_log("ready")
-                wait_until(partial(lambda n: num_finished(broker, submitted) >= n, enough), "some jobs have finished")
+                wait_until(
+                    partial(lambda n: num_with(broker, submitted, "finished") >= n, enough), "some jobs have finished"
+                )
             time.sleep(rng.uniform(0, 0.3))
             worker.kill()
         assert start("--burst", "a", "b").wait(PATIENCE_S) == 0
@@ -129,6 +101,29 @@ class TestKilled:
         assert broker.listed() == []
         settled(broker, "a", "b")
 
+    @pytest.mark.long
+    @pytest.mark.parametrize(("name", "share"), [("tiny", 0.25), ("smollm2", 0.1)])
+    def test_a_restarted_worker_goes_on_with_its_orphans_as_soon_as_the_model_is_loaded(
+        self, broker: Broker, processes: Processes, model: Path, name: str, share: float
+    ) -> None:
+        """The share is of the time from the process's start until it is ready. Under load 10 both take about 0.05."""
+        path = model if name == "tiny" else smollm2_path()
+        jobs = [broker.enqueue(1000, retry=Retry(2)) for _ in range(8)]
+        killed = processes.rq_worker(broker.url, "radixq", model=path, env=ROWS)
+        wait_until(lambda: num_with(broker, jobs, "running") == len(jobs), "all run")
+        killed.kill()
+        began = time.monotonic()
+        worker = processes.rq_worker(broker.url, "radixq", model=path, env=ROWS)
+        log = worker.wait_for_log("ready model")
+        loaded = time.monotonic()
+        wait_until(lambda: num_with(broker, jobs, "running") >= len(jobs) // 2, "half of them run, as suspects may")
+        waited = time.monotonic() - loaded
+        assert log.index("took over from a dead worker") < log.index("ready model")
+        assert waited < share * (loaded - began)
+        assert {Job.fetch(job.id, broker.redis).retries_left for job in jobs} == {2}
+        assert broker.listed() == []
+        print(f"{name}: loaded after {loaded - began:.2f} s, running {waited:.2f} s later")
+
 
 @pytest.mark.long
 class TestCrashes:
@@ -137,11 +132,7 @@ class TestCrashes:
     @pytest.fixture(params=["os.abort()", pytest.param("os._exit(7)", marks=_SOAK)])
     def death(self, request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict[str, str]]:
         """How the engine ends the process, and the environment in which it does."""
-        (token,) = tiny_tokenizer().encode(POISON)
-        hook = tmp_path / "lethal"
-        hook.mkdir()
-        (hook / "sitecustomize.py").write_text(_LETHAL.format(token=token, death=request.param))
-        return request.param, {"PYTHONPATH": f"{hook}{os.pathsep}{ROOT}"}
+        return request.param, lethal.of_decoding(tmp_path / "lethal", request.param)
 
     def test_the_job_that_crashes_its_worker_is_given_up_and_all_others_finish(
         self, broker: Broker, start: Callable[..., Process], death: tuple[str, dict[str, str]], tmp_path: Path
@@ -163,6 +154,7 @@ class TestCrashes:
             "worker_crashed",
             str(crashes),
         )
+        assert [one["code"] for one in json.loads(fields["errors"])] == ["worker_crashed"] * (crashes - 1)
         assert poisoned.get_status() == JobStatus.FAILED
         (entry,) = broker.listed()
         assert (entry["job_id"], entry["error_code"]) == (poisoned.id, "worker_crashed")
@@ -170,6 +162,29 @@ class TestCrashes:
         assert crashes <= 2 + (LONE_SPOKE if how == "os.abort()" else LONE_SILENT)  # with three mates, with one, alone
         reports = list((tmp_path / "home" / ".radixq" / "crashes").glob("*"))
         assert bool(reports) == (how == "os.abort()")
+        settled(broker)
+
+    def test_a_job_that_ends_the_tokenizer_is_given_up_while_the_rows_in_the_engine_go_on(
+        self, broker: Broker, start: Callable[..., Process], tmp_path: Path
+    ) -> None:
+        worker = start(**lethal.of_tokenising(tmp_path / "lethal", "os.abort()"))
+        before = [broker.enqueue(ENDLESS) for _ in range(3)]
+        broker.wait_for("running", *before)
+        poisoned, after = broker.enqueue(body={"prompt": f"a secret {POISON}"}), broker.enqueue()
+        broker.wait_for("failed", poisoned)
+        broker.wait_for("finished", after)
+        assert [broker.result(job)["attempts"] for job in (*before, poisoned, after)] == ["1", "1", "1", "2", "1"]
+        assert {broker.status(job) for job in before} == {"running"}
+        fields = broker.result(poisoned)
+        assert fields["error_code"] == "worker_crashed"
+        assert [one["code"] for one in json.loads(fields["errors"])] == ["worker_crashed"]
+        assert [(entry["job_id"], entry["crashes"]) for entry in broker.listed()] == [(poisoned.id, "2")]
+        assert worker.running
+        for job in before:
+            send_stop_job_command(broker.redis, job.id, JobSerializer)
+        broker.wait_for("cancelled", *before)
+        assert worker.stop() == 0
+        assert "secret" not in worker.log
         settled(broker)
 
 

@@ -24,6 +24,8 @@ from common import keys
 from common.errors import BrokerUnavailable, InternalError, ModelNotLoaded
 from common.settings import Settings
 from producer import submit
+from tests import lethal
+from tests.lethal import POISON
 from tests.models import save_tiny, tiny_tokenizer
 from tests.processes import ROOT, wait_until
 from worker.model import LoadedTokenizer, load_tokenizer
@@ -396,6 +398,24 @@ def test_a_killed_scout_is_reported_and_a_signal_to_stop_is_not_for_it(start: St
     os.kill(scout.pid, signal.SIGKILL)
     with pytest.raises(InternalError, match="exit status -9"):
         wait_until(scout.poll, "the death is reported")
+
+
+@pytest.mark.parametrize(("death", "status"), [("os.abort()", -6), ("raise BaseException", 1), ("os._exit(7)", 7)])
+def test_the_job_of_which_a_scout_died_is_named_and_the_others_are_offered_by_a_new_one(
+    redis: Redis, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, death: str, status: int
+) -> None:
+    for name, value in lethal.of_tokenising(tmp_path / "lethal", death).items():
+        monkeypatch.setenv(name, value)
+    first, poisoned, last = enqueue(redis, "one", f"two {POISON}", "three")
+    scout = start()
+    scout.want(3)
+    (culprit,) = offers(scout)
+    assert culprit == Candidate(poisoned.id, keys.DEFAULT_QUEUE, limit=1, crash=status)
+    redis.lrem(queue_of(redis).key, 1, poisoned.id)
+    assert {candidate.job_id for candidate in offers(scout, 2)} == {first.id, last.id}
+    scout.settled([first.id, last.id])
+    redis.delete(queue_of(redis).key)
+    wait_until_idle(scout)
 
 
 def test_a_server_that_is_away_is_waited_for(start: Start, redis: Redis) -> None:

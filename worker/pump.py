@@ -7,6 +7,7 @@ Runs in the main thread and never waits longer than `TICK_S`. Knows when what is
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -77,6 +78,7 @@ class Pump:
         self._stopping_since = self._away_until = self._away_s = 0.0
         self._active_at = time.monotonic()
         self.flights: dict[str, Flight] = {}
+        self._suspects: list[tuple[Flight, bool]] = []  # of which the scout died; by itself?
         self.started = 0
         self.error: RadixqError | None = None
 
@@ -148,7 +150,8 @@ class Pump:
     def _collect(self) -> None:
         """Take in what happened; Redis is not needed for it."""
         try:
-            self._offers += self._scout.poll()
+            known = {one.job_id for one in self._offers}  # a scout that was started again offers them once more
+            self._offers += [one for one in self._scout.poll() if one.job_id not in known]
         except RadixqError as error:
             self.error = error
         for event in self._runner.events():
@@ -171,6 +174,7 @@ class Pump:
             self.renew()
             self.recover()
         self._deliver()
+        self._suspect()
         self._record()
         if self._poll.due():
             self._look()
@@ -290,6 +294,9 @@ class Pump:
         if flight.error is not None:
             self._outbox.put(flight, flight.error)
             return
+        if candidate.crash is not None:
+            self._suspects.append((flight, candidate.crash != -signal.SIGKILL))
+            return
         self.started += 1
         if candidate.prompt is None:
             self._outbox.put(flight, refused(candidate.refusal))
@@ -300,6 +307,14 @@ class Pump:
         for flight in self._outbox.flush(BATCH):
             self.flights.pop(flight.id, None)
             self._active_at = time.monotonic()
+
+    def _suspect(self) -> None:
+        """Hold it against jobs that the scout died of them; they run nowhere."""
+        while self._suspects:
+            flight, spoke = self._suspects[0]
+            self._takeover.suspect([flight], spoke=spoke)
+            self._suspects.pop(0)
+            self.flights.pop(flight.id, None)
 
     def _record(self) -> None:
         """Write down how far a job came that runs alone: should it end this process, it is known where."""

@@ -12,6 +12,7 @@ the program that happens to be the parent (`rq`) a second time.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ import redis
 from common import log
 from common.errors import BrokerUnavailable, InternalError, ModelNotLoaded, RadixqError
 from common.settings import Settings
+from worker.diary import Diary
 from worker.outage import is_outage
 from worker.window import Candidate, Window, connect
 
@@ -46,7 +48,8 @@ _NICE: Final = 5  # the engine's thread and RQ go first
 _NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM)  # are for the worker, which closes the pipe when it ends
 _ENDING_S: Final = 5.0  # for the child, before it is killed
 _START: Final = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from worker.scout import main; main(int(sys.argv[1]))"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from worker.scout import main; "
+    "main(*map(int, sys.argv[2:]))"
 )
 
 __all__ = ["POLL_S", "Candidate", "Scout", "main"]
@@ -84,19 +87,20 @@ class Scout:
         """
         self._task = _Task(settings, tuple(queues), redis_url or settings.url, label)
         self._pipe, self._childs_end = Pipe()
+        self._diary = Diary()
         self._process: subprocess.Popen[bytes] | None = None
         self._number = self._want = 0
         self._asked = self._proven = False
 
     def start(self) -> None:
         """Start the process; it loads the tokenizer and then reads the queues."""
-        fd = self._childs_end.fileno()
+        fds = self._childs_end.fileno(), self._diary.fileno()
         # Ctrl-C goes to the whole process group and is for the worker; the child inherits the mask and then ignores it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_OURS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, str(fd), json.dumps(sys.path)],
-                pass_fds=[fd],
+                [sys.executable, "-P", "-c", _START, json.dumps(sys.path), *map(str, fds)],
+                pass_fds=fds,
                 stdin=subprocess.DEVNULL,
             )
         finally:
@@ -142,6 +146,9 @@ class Scout:
     def poll(self) -> list[Candidate]:
         """Return the candidates offered since the last call, best first.
 
+        A process that dies of a job is started again, and that job offered as what crashed it: prepared once more, it
+        may do it again.
+
         Raises:
             ModelNotLoaded: the child could not load the tokenizer.
             BrokerUnavailable: what lies in Redis cannot be read; a server that is away, or refuses us, is waited for.
@@ -159,23 +166,43 @@ class Scout:
                     self._asked = self._proven = False
                     offered += message
         except (EOFError, OSError) as error:
-            raise InternalError(f"the process that reads the queues ended, {self._status()}; see its log") from error
+            offered.append(self._culprit(error))
+            self._start_again()
         return offered
 
     def close(self) -> None:
         """End the child and wait for it. Offered candidates need not be settled."""
         self._pipe.close()
         self._childs_end.close()
+        self._diary.close()
         if self._process is not None:
             self._status()
 
-    def _status(self) -> str:
+    def _culprit(self, error: Exception) -> Candidate:
+        """Return the job of which the child died."""
+        status = self._status()
+        queue, _, job_id = self._diary.read().partition(" ")
+        if not job_id:
+            raise InternalError(
+                f"the process that reads the queues ended, exit status {status}; see its log"
+            ) from error
+        _log.error("the process that reads the queues died of a job", extra={"job": ascii(job_id), "status": status})
+        return Candidate(job_id, self._task.queues[int(queue)], limit=1, crash=status)
+
+    def _start_again(self) -> None:
+        self._pipe.close()
+        self._pipe, self._childs_end = Pipe()
+        self._diary.write("")
+        self.start()
+        self._send(_Order(self._next(), self._want))
+
+    def _status(self) -> int:
         assert self._process is not None
         try:
-            return f"exit status {self._process.wait(timeout=_ENDING_S)}"
+            return self._process.wait(timeout=_ENDING_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return f"exit status {self._process.wait()}"
+            return self._process.wait()
 
     def _next(self) -> int:
         self._asked = self._proven = False
@@ -192,16 +219,19 @@ class Scout:
 # -- the child ---------------------------------------------------------------------------------------------------------
 
 
-def main(fd: int) -> None:
+def main(fd: int, diary_fd: int) -> None:
     """Run the child until the other end of the pipe is closed, by its owner or by its death."""
+    faulthandler.enable()
     for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
-    os.nice(_NICE)
     with Connection(fd) as pipe:
         try:
             task: _Task = pipe.recv()
             log.configure(task.settings.log)
-            _Child(task, pipe).run()
+            child = _Child(task, pipe, Diary(diary_fd))
+            os.nice(_NICE)  # only now: what it has loaded must be there when the model is
+            _log.info("reading the queues")
+            child.run()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
         except RadixqError as error:
@@ -212,9 +242,10 @@ def main(fd: int) -> None:
 class _Child:
     """The loop: orders in; ids, payloads and prompts through the window; offers out."""
 
-    def __init__(self, task: _Task, pipe: Connection) -> None:
+    def __init__(self, task: _Task, pipe: Connection, diary: Diary) -> None:
         self._pipe = pipe
-        self._window = Window(task.settings, _load(task.settings), task.queues, connect(task.redis_url), task.label)
+        client = connect(task.redis_url)
+        self._window = Window(task.settings, _load(task.settings), task.queues, client, task.label, diary.write)
         self._wake, wake = os.pipe()
         os.set_blocking(wake, False)
         self._alarm = _Alarm(task.redis_url, self._window.queue_keys, wake)

@@ -10,7 +10,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -67,11 +67,11 @@ return found
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A waiting job that should go next: exactly one of `prompt` and `refusal` is set.
+    """A waiting job that should go next: exactly one of `prompt`, `refusal` and `crash` is set.
 
     A refusal is claimed like any other and then failed with its code. `expires_s` is by the server's clock; the id of a
     refusal may be anything (`worker.reject.to_bytes`). `limit`: how many jobs may run at once with it, if it is
-    suspected of having crashed a worker; else 0.
+    suspected of having crashed a worker; else 0. `crash`: the exit status of a scout that died of the job.
     """
 
     job_id: str
@@ -80,6 +80,7 @@ class Candidate:
     refusal: Failure | None = None
     expires_s: float = math.inf
     limit: int = 0
+    crash: int | None = None
 
 
 class Window:
@@ -97,15 +98,18 @@ class Window:
         queues: Sequence[str],
         client: redis.Redis,
         label: str | None = None,
+        note: Callable[[str], object] = str,
     ) -> None:
         """Start with nothing known; `queues` are names, highest priority first.
 
-        With the worker's `label` its place among others on the same server is published, and theirs heeded.
+        With the worker's `label` its place among others on the same server is published, and theirs heeded. `note` is
+        told which job is being prepared, as the number of its queue and its id, and when none is.
         """
         self._settings = settings
         self._loaded = loaded
         self._names = {keys.model_queue(name) for name in (loaded.name, *settings.model_aliases)}
         self._redis = client
+        self._note = note
         self._fetch_script = client.register_script(_FETCH)
         self._queues = tuple(queues)
         self.queue_keys = [Queue(name, connection=client).key for name in queues]
@@ -196,7 +200,13 @@ class Window:
         while self._raw:
             job_id, data = self._raw[0]
             if job_id in self._home and job_id not in self._plan:
-                self._prepare(job_id, data)
+                self._note(f"{self._home[job_id]} {job_id}")
+                try:
+                    self._prepare(job_id, data)
+                except redis.RedisError:
+                    self._note("")
+                    raise
+                self._note("")
             self._raw.popleft()  # only now: pictures are fetched, and Redis may be away
             self._raw_bytes -= len(data)
             if time.monotonic() >= until:
