@@ -12,12 +12,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from redis import Redis
 
 from tests.processes import Processes
 from worker import platform, server
+
+if TYPE_CHECKING:
+    from tests.broker import Broker
 
 _STOCK_BLAS = os.environ.get("RADIXQ_FAST_BLAS") == "0"
 _BLAS = platform.prepare(fast_blas=not _STOCK_BLAS)  # before anything imports MLX
@@ -101,6 +105,24 @@ def redis(redis_url: str) -> Iterator[Redis]:
     """A client of `redis_url` that returns bytes."""
     with Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture
+def broker(redis_url: str) -> Iterator[Broker]:
+    """See that database as producers and onlookers do."""
+    from tests.broker import Broker  # late: RQ reads the environment when it is imported
+
+    broker = Broker(redis_url)
+    yield broker
+    broker.redis.close()
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny model that writes as many tokens as it is asked for."""
+    from tests.models import save_endless  # late: it imports MLX, which most test files do without
+
+    return save_endless(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from common import keys
 from common.messages import Result
 from common.serializer import JobSerializer
 from tests.broker import ENDLESS, SHORT, Broker
-from tests.models import save_endless
 from tests.processes import Process, Processes, wait_until
 from worker import server
 from worker.app import _url
@@ -39,21 +38,11 @@ RESULT_FIELDS = {
 
 
 @pytest.fixture
-def broker(redis_url: str) -> Iterator[Broker]:
-    broker = Broker(redis_url)
-    yield broker
-    broker.redis.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_endless(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def start(processes: Processes, broker: Broker, model: Path) -> Callable[..., Process]:
+def start(processes: Processes, broker: Broker, endless: Path) -> Callable[..., Process]:
     def start(*arguments: str, **env: str) -> Process:
-        broker.workers.append(processes.rq_worker(broker.url, *(arguments or ("radixq",)), model=model, env=ROWS | env))
+        broker.workers.append(
+            processes.rq_worker(broker.url, *(arguments or ("radixq",)), model=endless, env=ROWS | env)
+        )
         return broker.workers[-1]
 
     return start
@@ -61,11 +50,11 @@ def start(processes: Processes, broker: Broker, model: Path) -> Callable[..., Pr
 
 @pytest.fixture(scope="module")
 def house(
-    _databases: Iterator[str], tmp_path_factory: pytest.TempPathFactory, model: Path
+    _databases: Iterator[str], tmp_path_factory: pytest.TempPathFactory, endless: Path
 ) -> Iterator[tuple[Broker, Process]]:
     broker = Broker(next(_databases))
     with Processes(tmp_path_factory.mktemp("house")) as processes:
-        worker = processes.rq_worker(broker.url, "radixq", model=model, env=ROWS)
+        worker = processes.rq_worker(broker.url, "radixq", model=endless, env=ROWS)
         worker.wait_for_log("ready")
         yield broker, worker
         assert worker.running, "a test ended the shared worker"
@@ -271,10 +260,10 @@ def test_a_model_that_is_not_there_is_one_line_and_exit_code_3(broker: Broker, p
 
 @pytest.mark.parametrize("fault", ["nobody listens", "wrong password"])
 def test_a_server_that_cannot_be_used_is_one_line_and_exit_code_4(
-    broker: Broker, processes: Processes, model: Path, fault: str
+    broker: Broker, processes: Processes, endless: Path, fault: str
 ) -> None:
     url = "redis://127.0.0.1:1" if fault == "nobody listens" else broker.url.replace("://", "://who:secret-word@")
-    worker = processes.rq_worker(url, "radixq", model=model)
+    worker = processes.rq_worker(url, "radixq", model=endless)
     assert worker.wait() == 4
     (line,) = [line for line in worker.log.splitlines() if line.startswith("radixq: ")]
     assert "127.0.0.1" in line
@@ -341,13 +330,13 @@ def test_a_restarted_worker_takes_over_what_its_killed_predecessor_ran(
 
 
 def test_jobs_go_on_while_redis_is_away_and_are_delivered_once(
-    processes: Processes, model: Path, tmp_path: Path
+    processes: Processes, endless: Path, tmp_path: Path
 ) -> None:
     running = server.start(tmp_path / "server")
     broker = Broker(running.url)
     try:
         jobs = [broker.enqueue(1500) for _ in range(3)]
-        worker = processes.rq_worker(running.url, "radixq", model=model, env=ROWS)
+        worker = processes.rq_worker(running.url, "radixq", model=endless, env=ROWS)
         broker.workers.append(worker)
         broker.wait_for("running", *jobs)
         time.sleep(1.5)  # until the append-only file has it: it is synced once a second
@@ -408,13 +397,13 @@ def test_a_worker_without_jobs_ends_after_max_idle_time(broker: Broker, start: C
 
 @pytest.mark.parametrize("loads", ["slowly", pytest.param("never", marks=pytest.mark.long)])
 def test_a_worker_that_is_stopped_while_it_starts_ends_in_order(
-    broker: Broker, processes: Processes, model: Path, tmp_path: Path, loads: str
+    broker: Broker, processes: Processes, endless: Path, tmp_path: Path, loads: str
 ) -> None:
     job = broker.enqueue()
-    path = model
+    path = endless
     if loads == "never":
         path = tmp_path / "tiny"
-        shutil.copytree(model, path)
+        shutil.copytree(endless, path)
         (path / "model.safetensors").unlink()
         os.mkfifo(path / "model.safetensors")  # nobody ever writes to it
     worker = processes.rq_worker(broker.url, "radixq", model=path, env=ROWS)
