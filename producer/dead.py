@@ -13,12 +13,11 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.utils import as_text
 
-from common import keys, pictures
+from common import keys, pictures, reopen
 from common.errors import InvalidRequest
 from common.serializer import JobSerializer
 from producer.ticket import digests
 
-_OF_THE_FAILURE = ("finished_at", "total_ms", "error_code", "error_message", "json")
 _ENDED = ("started_at", "ended_at", "worker_name")
 
 
@@ -75,19 +74,13 @@ def purge(client: Redis, job_ids: Sequence[str], max_bytes: int) -> list[str]:
 
 def _append_requeue(pipe: Pipeline, client: Redis, job_id: str, now_s: float, max_bytes: int) -> None:
     job = Job.fetch(job_id, connection=client, serializer=JobSerializer)
-    queue, key = Queue(job.origin, connection=client), keys.result(job_id)
+    queue = Queue(job.origin, connection=client)
     pipe.zrem(FailedJobRegistry(job.origin, client).key, job_id)
     pipe.hset(job.key, "status", "queued")
     pipe.hdel(job.key, *_ENDED)
-    pipe.persist(job.key)
     pipe.sadd(Queue.redis_queues_keys, queue.key)
     queue.push_job_id(job_id, pipeline=pipe)
-    for name in digests(job, max_bytes):
-        pictures.hold(pipe, name, [job_id], now_s)
-    pipe.hdel(keys.SUSPECTS, job_id)
-    pipe.hset(key, "status", "queued")
-    pipe.hdel(key, *_OF_THE_FAILURE)
-    pipe.persist(key)
+    reopen.append(pipe, client, job_id, job.key, digests(job, max_bytes), now_s)
 
 
 def _of(client: Redis, job_id: str) -> list[str]:

@@ -13,8 +13,9 @@ from redis import exceptions as errors
 from redis.client import Pipeline
 from rq.job import Job
 from rq.registry import CanceledJobRegistry
+from rq.results import Result as RqResult
 
-from common import keys, pictures
+from common import keys, pictures, reason
 from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Failure, Result, Status
 from common.serializer import JobSerializer, unpack
@@ -25,7 +26,6 @@ from producer.state import State, read
 from producer.waiting import Wait, Watch, warn
 
 _MS: Final = timedelta(milliseconds=1)
-_ABANDONED: Final = ("AbandonedJobError", "work-horse terminated")  # what RQ writes when a worker died
 
 
 class Ticket:
@@ -163,10 +163,7 @@ class Ticket:
         if status == "lost":
             return Failure(code="internal", message="RQ no longer runs it and no result was written; submit it again")
         with self._broker.speaking() as client:
-            latest = Job(self.id, connection=client, serializer=JobSerializer).latest_result()
-        text = (latest.exc_string if latest else None) or "RQ recorded no reason"
-        crashed = any(mark in text for mark in _ABANDONED)
-        return Failure(code="worker_crashed" if crashed else "internal", message=text.strip().splitlines()[-1])
+            return reason.of(client, RqResult.get_key(self.id))  # type: ignore[no-untyped-call]
 
     def _append_cancel(self, pipe: Pipeline, client: Redis, queue: str, now: str, settings: Settings) -> None:
         job = Job(self.id, connection=client, serializer=JobSerializer)  # not fetched: the payload may be anything

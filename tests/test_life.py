@@ -17,7 +17,7 @@ from rq.job import Job, JobStatus
 from rq.suspension import resume, suspend
 
 from common import keys
-from common.errors import GenerationFailed
+from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Result
 from common.serializer import JobSerializer
 from producer import Ticket, get, submit, submit_many
@@ -322,6 +322,43 @@ def test_a_job_whose_parent_will_never_finish_is_cancelled_and_says_why(
     assert 0 < house.redis.ttl(f"rq:job:{child.id}") <= 3600
     assert house.redis.ttl(f"radixq:idempotency:child of {parent.id}") > 0
     assert "started_at" not in house.fields(child)
+
+
+@pytest.mark.parametrize("record", ["queued", "lost"])
+def test_a_job_submitted_after_its_parent_was_deleted_through_rq_is_cancelled_and_says_so(
+    house: House, record: str
+) -> None:
+    parent = house.submit(tokens=ENDLESS, queue="nobody-listens")
+    house.job(parent).delete()
+    house.redis.hset(f"radixq:result:{parent.id}", "status", record)  # lost: the sweep has been there
+    child = house.submit(depends_on=parent)
+    failed = house.failure(child)
+    assert (failed.status, failed.code) == ("cancelled", "cancelled")
+    end = "deleted" if record == "queued" else "lost"
+    assert f"job {parent.id}, which this one depends on, was {end}" in str(failed)
+
+
+def test_a_job_whose_parent_nobody_remembers_is_refused(house: House) -> None:
+    parent = house.submit(tokens=2)
+    house.wait_for("finished", parent)
+    house.redis.delete(f"radixq:result:{parent.id}", f"rq:job:{parent.id}")
+    with pytest.raises(InvalidRequest, match="no job has this id"):
+        house.submit(depends_on=parent)
+
+
+@pytest.mark.parametrize("ttl", [0, 5, -1])
+def test_rqs_time_to_live_of_a_result_is_not_that_of_our_record(house: House, ttl: int) -> None:
+    job = Queue("radixq", connection=house.redis, serializer=JobSerializer).enqueue(
+        keys.GENERATE, {"prompt": "a secret", "sampling": {"max_tokens": 3}}, result_ttl=ttl, failure_ttl=ttl
+    )
+    ticket = get(job.id, redis=house.url)
+    assert ticket.result(timeout_s=90).usage
+    assert house.job(ticket).get_status() == JobStatus.FINISHED
+    assert 0 < house.redis.ttl(f"rq:job:{ticket.id}") <= 3600 < house.redis.ttl(f"radixq:result:{ticket.id}")
+    result = job.latest_result()
+    assert result is not None
+    assert result.return_value is not None
+    assert result.return_value["status"] == "finished"
 
 
 def test_a_job_submitted_after_its_parent_failed_is_cancelled_too(house: House) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from producer.broker import connect
 from worker import server
 
 USAGE = Usage(prompt_tokens=5, cached_tokens=3, prefill_tokens=2, completion_tokens=1)
+
+BOMB = base64.b64encode(zlib.compress(bytes(32 << 20)))
 
 
 def finish(redis: Redis, job_id: str, **fields: Any) -> Result:
@@ -190,6 +194,21 @@ def test_a_job_that_rq_gave_up_after_a_crash_failed_with_worker_crashed(redis: R
     with pytest.raises(GenerationFailed, match="AbandonedJobError") as failure:
         ticket.result()
     assert (failure.value.status, failure.value.code) == ("failed", "worker_crashed")
+
+
+@pytest.mark.parametrize("exc_string", ["x" * 100_000, "no base64!", BOMB, b"\xff"])
+def test_what_stands_in_place_of_rqs_reason_is_read_within_bounds_or_not_at_all(redis: Redis, exc_string: Any) -> None:
+    ticket = submit("a", redis=redis)
+    rq_status(redis, ticket, "failed")
+    redis.xadd(f"rq:results:{ticket.id}", {"type": 2, "exc_string": exc_string})
+    with pytest.raises(GenerationFailed) as failure:
+        ticket.result()
+    assert (failure.value.status, failure.value.code) == ("failed", "internal")
+    assert len(str(failure.value)) < 5_000
+    redis.delete(f"rq:results:{ticket.id}")
+    redis.set(f"rq:results:{ticket.id}", "no stream")
+    with pytest.raises(GenerationFailed, match="RQ recorded no reason"):
+        ticket.result()
 
 
 # --- cancel ----------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from worker.reject import is_id, to_text
 MOST: Final = 1_000
 """Deferred jobs of one queue looked at in one go; the next ones come at the next call."""
 _DEAD: Final = {b"failed": "failed", b"stopped": "was stopped", b"canceled": "was cancelled"}
-_OURS_DEAD: Final = {b"failed": "failed", b"cancelled": "was cancelled", b"expired": "expired"}
+_OURS_DEAD: Final = {b"failed": "failed", b"cancelled": "was cancelled", b"expired": "expired", b"lost": "was lost"}
 _log = logger("worker.orphans")
 
 
