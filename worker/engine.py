@@ -120,7 +120,7 @@ class Engine:
             if idle or len(self._running) >= FULL * self._limits.max_rows or time.perf_counter() > until:
                 break
         if self._running.rows:
-            events += self._guarded(self._decode, self._running.rows)
+            events += self._guarded(partial(self._decode, idle), self._running.rows)
         return events
 
     def stats(self) -> EngineStats:
@@ -225,11 +225,13 @@ class Engine:
 
     # Decode
 
-    def _decode(self) -> list[Event]:
-        """Give every running row its next token."""
+    def _decode(self, alone: bool) -> list[Event]:
+        """Give every running row its next token; `alone`: no others are about to join."""
         began = time.perf_counter()
         if self.cache.reuse == "shared":
             self._running.even_out()
+            if alone:
+                self._running.shrink()
         self._follow_splits()
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)

@@ -14,8 +14,10 @@ import numpy as np
 from worker.forms import MERGED, Choose, Division, always
 from worker.tails import Tails, detached
 
-GROWTH = 4
+GROWTH = 2
 """Free columns that a tail buffer gets at least when it grows."""
+FREE = 1 / 64
+"""Of what rows that share hold, so much may be free room in buffers; half of it is made when they grow."""
 
 
 class KV:
@@ -78,11 +80,11 @@ class Batch:
     """
 
     def __init__(self, num_layers: int, choose: Choose = MERGED, *, columns: int = 0) -> None:
-        """Make an empty batch whose buffers begin with `columns` columns, for a prefill that knows its length."""
+        """Make an empty batch; `columns` is how long its tails will become where that is near: in a prefill."""
         self.lengths: list[int] = []
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
-        self._choose, self._columns = choose, columns
+        self._choose, self._soon, self._most = choose, columns, 0
         self._tails = Tails(num_layers)
         self._division: Division | None = None
         self._new_tokens = 0
@@ -152,8 +154,8 @@ class Batch:
         self._new_tokens = new_tokens
         starts = [p.num_tokens + n for p, n in zip(self.paths, self.lengths, strict=True)]
         self.offset = mx.array(starts, mx.int32)
-        needed = max(self._columns, max(self.lengths) + new_tokens)
-        self._tails.reserve(len(self), needed, self._width(needed, self.paths))
+        needed = self._needed
+        self._tails.reserve(len(self), needed, needed + self._spare(needed, self.paths))
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Cut each row's tail to its real length: what lies behind it was padding."""
@@ -163,28 +165,39 @@ class Batch:
         """Compute the tails and nothing else: the logits of a prefill chunk are never needed."""
         self._tails.evaluate()
 
-    def join(self, other: Batch, columns: int = 0) -> None:
-        """Append all rows of `other`, copying their tails; `columns` is how many the rows will need, where known.
+    def join(self, other: Batch, most: int = 0) -> None:
+        """Append all rows of `other`, copying their tails; no tail will be longer than `most`, where that is known.
 
         Buffers that have to grow for it are copied, and the old ones dropped, layer by layer. If it raises, this
         batch still has its rows and no others.
         """
         paths, lengths = [*self.paths, *other.paths], [*self.lengths, *other.lengths]
-        self._columns = columns
-        needed = max(columns, *lengths)
-        width = self._width(needed, paths)
+        self._soon, self._most = 0, most
+        needed = max(lengths) + 1
+        width = needed + self._spare(needed, paths)
         self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), needed, width)
         self.open(other.paths)
         self.lengths = lengths
 
+    def shrink(self) -> None:
+        """Give up the lines of rows that have left, and columns, if they are more than a little of what is held."""
+        needed = max(self.lengths) + 1
+        if self._tails.cells > len(self) * needed + FREE * self._held(needed, self.paths):
+            self._tails.resize(len(self), needed + self._spare(needed, self.paths))
+
     @property
     def columns(self) -> int:
         """Columns of the buffers."""
-        return self._tails.columns or self._columns
+        return self._tails.columns
 
     def holds(self, rows: int, columns: int) -> bool:
         """Whether the buffers have room for so many rows and columns."""
         return self._tails.holds(rows, columns)
+
+    @property
+    def most(self) -> int:
+        """Columns that the buffers come to at most, as they grow with the tails."""
+        return max(self._most, self._tails.columns)
 
     def leave(self, row: int) -> None:
         """Remove one row; the last row takes its place in every list."""
@@ -232,8 +245,7 @@ class Batch:
 
     def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Put the new tokens of all rows, [B, N, L, D], into the tails; return views of the tails, [B, N, S, D]."""
-        columns = max(self._columns, max(self.lengths) + self._new_tokens)
-        return self._tails.write(layer, (keys, values), self.lengths, columns)
+        return self._tails.write(layer, (keys, values), self.lengths, self._needed)
 
     def mask(self, new_tokens: int) -> mx.array | None:
         """Return which tail columns a query sees, boolean [B or 1, 1, L, S]; None where it sees them all.
@@ -249,19 +261,27 @@ class Batch:
         )
         return mx.arange(max(self.lengths) + new_tokens) <= last
 
-    def _width(self, columns: int, paths: Sequence[Path]) -> int:
-        """Return how wide buffers are made that need so many columns: with free ones, if it is not known how many.
+    @property
+    def _needed(self) -> int:
+        """Columns that the call under way needs, and those that follow soon."""
+        return max(self._soon, max(self.lengths) + self._new_tokens)
 
-        Where rows share, free columns are few beside what is shared.
+    def _spare(self, columns: int, paths: Sequence[Path]) -> int:
+        """Return how many free columns buffers get that need so many: each time they grow, all tails are copied.
+
+        Where rows share, they are few beside what is shared.
         """
-        if columns <= self._columns:
-            return columns
+        if columns <= self._soon:
+            return 0
+        spare = columns // 16 + 2 * GROWTH
+        if any(path.nodes for path in paths):
+            spare = min(spare, max(GROWTH, int(FREE / 2 * self._held(columns, paths)) // len(paths)))
+        return min(spare, self._most - columns) if columns <= self._most else spare
+
+    def _held(self, columns: int, paths: Sequence[Path]) -> int:
+        """Return the tokens that rows with tails of so many columns hold, shared ones counted once."""
         shared = {(id(kv), used) for path in paths for kv, used in path.nodes}
-        spare = columns // 16
-        if shared:
-            held = sum(used for _, used in shared) + len(paths) * columns
-            spare = min(spare, held // (64 * len(paths)))
-        return columns + max(GROWTH, spare)
+        return sum(used for _, used in shared) + len(paths) * columns
 
 
 class LayerCache:

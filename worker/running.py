@@ -40,10 +40,10 @@ class Running:
         """Take over the rows of another batch."""
         if self._cache.reuse == "shared":
             roomy = self._cache.make_room(self.demand(rows, least=WIDE_TOKENS))
-            columns = self._columns([*self.rows, *rows], WIDE_TOKENS if roomy else LEAST_TOKENS)
-            self._even_out(self.rows, self.batch, columns)
-            self._even_out(rows, batch, columns)
-            self.batch.join(batch, columns)
+            most = self._columns([*self.rows, *rows], WIDE_TOKENS if roomy else LEAST_TOKENS)
+            self._even_out(self.rows, self.batch, most)
+            self._even_out(rows, batch, most)
+            self.batch.join(batch, most)
         else:
             self.batch.join(batch)
         self.rows += rows
@@ -66,12 +66,12 @@ class Running:
         prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
         moved = [over for row in rows if (over := self._too_long(row, columns))]
         lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
-        copied = 0 if self.batch.holds(len(rows), columns) else min(whole, before) // self._cache.num_layers
+        copied = 0 if self.batch.holds(len(rows), columns) else whole // self._cache.num_layers  # whenever they grow
         passing = max(0, before - lasting) + copied
         return Need(lasting + self._cache.nbytes(sum(moved)), 2 + len(moved), passing)
 
     def _columns(self, rows: Sequence[Row], least: int) -> int:
-        """Return how wide these rows' buffers are to be: as the longest tail becomes, but not much wider than most."""
+        """Return how wide these rows' buffers may become: as the longest tail will, but not much wider than most."""
         tails = [self._cache.tail_tokens(row) for row in rows]
         planned = min(max(tails), max(least, int(SLACK * sum(tails) / len(tails)))) if tails else 0
         return max(planned, self.batch.columns) if self.batch.holds(len(rows), planned) else planned
@@ -97,9 +97,14 @@ class Running:
 
     def even_out(self) -> None:
         """Before each step, see that one more column fits, so that a long tail does not widen all others."""
-        columns = self.batch.columns
-        if self.rows and max(self.batch.lengths) >= columns:
-            self._even_out(self.rows, self.batch, columns - 1)
+        most = self.batch.most
+        if self.rows and max(self.batch.lengths) >= most:
+            self._even_out(self.rows, self.batch, most - 1)
+
+    def shrink(self) -> None:
+        """Give up the room of rows that have left; for when no others are about to take it."""
+        if self.rows:
+            self.batch.shrink()
 
     def _even_out(self, rows: list[Row], batch: Any, columns: int) -> None:
         """Move what is too much of tails longer than `columns` into the tree."""

@@ -47,6 +47,12 @@ class Tails:
         held = self._layers[0]
         return held[0].shape[2] if held else 0
 
+    @property
+    def cells(self) -> int:
+        """Tokens that the buffers have room for."""
+        held = self._layers[0]
+        return held[0].shape[0] * held[0].shape[2] if held else 0
+
     def holds(self, rows: int, columns: int) -> bool:
         """Whether there is room for so many rows and columns."""
         held = self._layers[0]
@@ -54,9 +60,14 @@ class Tails:
 
     def reserve(self, rows: int, columns: int, width: int) -> None:
         """Make room for `rows` x `columns`; buffers too small for it, or mostly unused, become `width` columns wide."""
+        if not self._fits(0, rows, columns):
+            self.resize(rows, width)
+
+    def resize(self, rows: int, width: int) -> None:
+        """Give all buffers so many lines and columns; what lay beyond is lost."""
         for layer, held in enumerate(self._layers):
             if held:
-                self._reserve_layer(layer, rows, columns, width, like=held)
+                self._layers[layer] = _resized(held[0], rows, width), _resized(held[1], rows, width)
 
     def join(self, other: Tails, taken: int, first: int, rows: int, columns: int, width: int) -> None:
         """Copy the first `taken` columns of another's rows to rows [first, rows), and reserve as `reserve` does.
@@ -67,27 +78,23 @@ class Tails:
         for layer, theirs in enumerate(other._layers):
             if theirs is None:
                 continue
-            grew = self._reserve_layer(layer, rows, columns, width, like=theirs)
-            mine = self._layers[layer]
-            assert mine is not None
+            fits = self._fits(layer, rows, columns)
+            mine = self._layers[layer] or (theirs[0][:0], theirs[1][:0])
+            if not fits:
+                mine = self._layers[layer] = _resized(mine[0], rows, width), _resized(mine[1], rows, width)
             for target, source in zip(mine, theirs, strict=True):
                 target[first:rows, :, :taken] = source[: rows - first, :, :taken]
-            if grew:
+            if not fits:
                 mx.eval(mine)
                 other._layers[layer] = None
 
-    def _reserve_layer(self, layer: int, rows: int, columns: int, width: int, *, like: Pair) -> bool:
+    def _fits(self, layer: int, rows: int, columns: int) -> bool:
+        """Whether there is room for so many rows and columns in a layer, and not much more."""
         held = self._layers[layer]
-        held_rows, held_columns = (held[0].shape[0], held[0].shape[2]) if held else (0, 0)
-        if rows <= held_rows <= 2 * rows and columns <= held_columns <= 2 * columns + 16:
+        if held is None:
             return False
-        fresh = (_empty(like[0], rows, width), _empty(like[1], rows, width))
-        if held:
-            keep_rows, keep = min(held_rows, rows), min(held_columns, width)
-            for target, old in zip(fresh, held, strict=True):
-                target[:keep_rows, :, :keep] = old[:keep_rows, :, :keep]
-        self._layers[layer] = fresh
-        return True
+        held_rows, _, held_columns, _ = held[0].shape
+        return bool(rows <= held_rows <= 2 * rows and columns <= held_columns <= 2 * columns + 16)
 
     def write(self, layer: int, new: Pair, starts: Sequence[int], columns: int) -> Pair:
         """Put new tokens [B, N, L, D] behind each row's first `starts[b]`; return views of the tails, [B, N, S, D].
@@ -144,6 +151,13 @@ class Tails:
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
     """Copy tokens [start, stop) of [B, N, S, D]. A slice would keep the whole of `x` alive; a gather never does."""
     return mx.take(x, mx.arange(start, stop), axis=2)
+
+
+def _resized(x: mx.array, rows: int, columns: int) -> mx.array:
+    """Copy the first rows and columns of a buffer, and add zeros up to these sizes."""
+    fresh, kept = _empty(x, rows, columns), x[:rows, :, :columns]
+    fresh[: kept.shape[0], :, : kept.shape[2]] = kept
+    return fresh
 
 
 def _empty(like: mx.array, rows: int, columns: int) -> mx.array:
