@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from worker.sequence import Tokens
-from worker.trie import WIDTH, Job, Node, Trie, shared
+from worker.trie import WIDTH, Job, Node, Trie
 
 MIN_BRANCH_TOKENS = 16
 MAX_PASSED = 10_000
@@ -129,7 +129,7 @@ class Plan:
     def next(self, n: int, *, more: bool = False) -> list[Chosen]:
         """Offer up to `n` jobs, best first. Their branches count each other and all that wait.
 
-        `more`: jobs wait that are not known yet. Then a subtree is not always finished: see `_Queue._cheapest`.
+        `more`: jobs wait that are not known yet. Then a subtree is not always finished: see `_cheapest`.
         """
         chosen: list[Chosen] = []
         for queue in self._queues:
@@ -158,7 +158,8 @@ class Plan:
         last = len(self._last) - WIDTH
         if ends and ends[-1] > last:
             ends = [*ends[:-1], last] if ends[-2:-1] != [last] else ends[:-1]
-        return tuple(depth // WIDTH for depth in ends if depth >= self._min_branch * WIDTH)
+        least = self._min_branch * WIDTH
+        return tuple([depth // WIDTH for depth in ends if depth >= least])
 
 
 class _Queue:
@@ -166,6 +167,7 @@ class _Queue:
 
     def __init__(self, max_passed: int, rng: random.Random) -> None:
         self._trie = Trie()
+        self._last = b""  # the prompt of the job that this queue offered last
         self._rng = rng
         self._new: list[Job] = []  # not in the trie yet: many are inserted faster together
         self._births = 0
@@ -205,11 +207,15 @@ class _Queue:
         Return its id, its key and the depths (bytes) at which other jobs of this queue leave it.
         """
         trie = self._grown()
+        if last is not self._last:
+            trie.here, trie.depth = trie.root, 0  # it is of another queue
         job = self._overdue() or (
             self._nearest(last, more=more) if neighbours is None else self._aside(last, neighbours)
         )
         self._num_passing += 1
-        return job.id, *trie.take(job)
+        self._last, forks = trie.take(job)
+        trie.here, trie.depth = job.node, len(self._last)
+        return job.id, self._last, forks
 
     def _grown(self) -> Trie:
         """Return the trie with all jobs in it."""
@@ -226,12 +232,9 @@ class _Queue:
 
     def _nearest(self, last: bytes, *, more: bool) -> Job:
         """Follow the last prompt down as far as jobs wait there, then take the largest subtree at every turn."""
-        node, depth = self._trie.root, 0
-        while (child := node.child(last)) is not None and child.open and depth == node.end:
-            depth += shared(last, depth, child.segment)
-            node = child  # in its middle, if the last prompt left its segment
+        node, depth = self._trie.held(last)
         if more and not (node.waiting and depth == node.end):
-            node = self._cheapest(last, depth)
+            node = _cheapest(node, depth)
         while not node.waiting:
             node = node.largest()
         return self._jobs[next(iter(node.waiting))]
@@ -269,35 +272,43 @@ class _Queue:
         at = ranks.index(min(ranks))
         return ranks[at], marks[at], few[at]
 
-    def _cheapest(self, last: bytes, depth: int) -> Node:
-        """Return the subtree, anywhere, whose waiting jobs cost the fewest tokens each.
 
-        The last prompt is held down to `depth`, where jobs still wait. What is needed beyond it must be computed, and
-        what leaving it costs when they get their turn: a subtree elsewhere has to be worth the way there and back.
-        """
-        best, lowest = self._trie.root, math.inf
-        found = [(best, 0)]  # a node with waiting jobs, how much of its prefix is in the last prompt
-        while found:
-            node, common = found.pop()
-            way = node.end - common + depth - common
-            on_path = node.child(last) if node.end == common < depth else None
-            if on_path is not None and node.waiting and way < lowest * len(node.waiting):
-                best, lowest = node, way / len(node.waiting)
-            for child in node.largest_few(_SIBLINGS):
-                if way >= lowest * child.open:
-                    break
-                if child is on_path:
-                    continue
-                price = (way + child.fresh) / child.open
-                if price < lowest:
-                    best, lowest = child, price
-                if way + len(child.segment) < lowest * child.open:
-                    found.append((child, common))
-            if on_path is not None:
-                held = min(on_path.end, depth)
-                found.append((on_path, held))
-                rest = on_path.end - held  # where the last prompt left it, there is no way back
-                price = (on_path.fresh - len(on_path.segment) + rest) / on_path.open
-                if rest and price < lowest:
-                    best, lowest = on_path, price
-        return best
+def _cheapest(node: Node, depth: int) -> Node:
+    """Return the subtree, anywhere, whose waiting jobs cost the fewest tokens each.
+
+    The last prompt is held down to `depth`, on the segment of `node`, where jobs still wait. What is needed beyond it
+    must be computed, and what leaving it costs when they get their turn: a subtree elsewhere has to be worth the way
+    there and back.
+    """
+    rest = node.end - depth  # where the last prompt left the segment, there is no way back
+    best, lowest = node, (node.fresh - len(node.segment) + rest) / node.open if rest else math.inf
+    below, above = None, node.parent
+    while True:
+        back = max(0, depth - node.end)
+        if back < lowest * (node.open - (below.open if below else 0)):  # else no job aside of the way is worth it
+            best, lowest = _cheaper(node, below, rest, back, (best, lowest))
+        if above is None:
+            return best
+        node, below, above, rest = above, node, above.parent, 0
+
+
+def _cheaper(fork: Node, taken: Node | None, there: int, back: int, best: tuple[Node, float]) -> tuple[Node, float]:
+    """Return the best subtree below `fork`, `taken` excepted, and its price, or `best` if that is cheaper."""
+    found, lowest = best
+    if taken and fork.waiting and back < lowest * len(fork.waiting):
+        found, lowest = fork, back / len(fork.waiting)
+    stack = [fork]
+    while stack:
+        node = stack.pop()
+        way = node.end - fork.end + there + back
+        for child in node.largest_few(_SIBLINGS):
+            if way >= lowest * child.open:
+                break
+            if child is taken:
+                continue
+            price = (way + child.fresh) / child.open
+            if price < lowest:
+                found, lowest = child, price
+            if way + len(child.segment) < lowest * child.open:
+                stack.append(child)
+    return found, lowest

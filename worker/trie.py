@@ -7,9 +7,10 @@ depths and lengths here: bytes, always whole tokens.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,20 +31,13 @@ class Node:
         self.segment = segment
         self.end = end  # depth; splits and joins leave it as it is
         self.parent: Node | None = None
-        self.born = born  # number of the oldest job that came through here; breaks ties
+        self.born = born  # number of the job for which it was made, or of an older one; breaks ties
         self.children: dict[bytes, Node] = {}
         self.waiting: dict[str, None] = {}  # jobs that end here and were not offered, oldest first
         self.total = 0  # jobs known at or below
         self.open = 0  # of these, not offered yet
         self.fresh = 0  # bytes of the segments, this one included, that lead to waiting jobs: what it takes to run them
         self.ranks: list[_Rank] | None = None
-
-    def path(self) -> Iterator[Node]:
-        """Yield this node and its ancestors, the root last."""
-        node: Node | None = self
-        while node is not None:
-            yield node
-            node = node.parent
 
     def child(self, key: bytes) -> Node | None:
         """Return the child whose segment begins with the token of `key` that follows here."""
@@ -107,45 +101,55 @@ class Job:
     gone: bool = False
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A node on the way down to where jobs are being inserted, and what they add to its counts."""
+class _Step(NamedTuple):
+    """A node on the way down to where jobs are being inserted; how many there were, and how fresh, on entering it."""
 
     node: Node
-    jobs: int = 0
-    fresh: int = 0
-    oldest: int = 0
+    num: int
+    fresh: int
 
 
 @dataclass(slots=True)
 class Trie:
-    """The nodes. A job is counted at every node from the root to its own."""
+    """The nodes. A job is counted at every node from the root to its own.
+
+    Attributes:
+        here: the node of the job that was offered last, or what is left of the way to it.
+        depth: how far that job's prompt agrees with the way to `here`.
+    """
 
     root: Node = field(default_factory=lambda: Node(b"", 0, 0))
     num_bytes: int = 0
+    here: Node = field(init=False)
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        self.here = self.root
 
     def insert(self, jobs: Iterable[Job]) -> None:
         """Insert jobs that wait, and set their nodes.
 
         In the order of their keys: so every node on their ways is passed once, however many of them go through it.
         """
-        before, frames = b"", [_Frame(self.root)]
+        before, way, num, fresh = b"", [_Step(self.root, 0, 0)], 0, 0
         for job in sorted(jobs, key=attrgetter("key")):  # stable: among equal prompts the oldest stays first
-            while not job.key.startswith(before[: frames[-1].node.end]):
-                _leave(frames)
-            self._descend(frames, job)
-            job.node = frames[-1].node
+            agreed = shared(job.key, 0, before)
+            while way[-1].node.end > agreed:
+                fresh = _leave(way, num, fresh)
+            job.node = self._descend(way, job, num, fresh)
             job.node.waiting[job.id] = None
+            num += 1
             before, job.key = job.key, b""
-        while frames:
-            _leave(frames)
+        while way:
+            fresh = _leave(way, num, fresh)
 
     def take(self, job: Job) -> tuple[bytes, list[int]]:
         """Count a job as no longer waiting; return its key and the depths at which other known jobs leave it."""
         del job.node.waiting[job.id]
         job.offered = True
         below, freed, segments, depths = 1, 0, [], []
-        for node in job.node.path():
+        node: Node | None = job.node
+        while node is not None:
             if node.total > below:
                 depths.append(node.end)
             below = node.total
@@ -154,6 +158,7 @@ class Trie:
                 freed += len(node.segment)
             node.fresh -= freed
             segments.append(node.segment)
+            node = node.parent
         segments.reverse()
         depths.reverse()
         return b"".join(segments), depths
@@ -163,9 +168,25 @@ class Trie:
         if not job.offered:
             self.take(job)
         job.gone = True
-        for node in job.node.path():
+        node: Node | None = job.node
+        while node is not None:
             node.total -= 1
+            node = node.parent
         self._tidy(job.node)
+
+    def held(self, key: bytes) -> tuple[Node, int]:
+        """Return the deepest node with waiting jobs on the way of `key`, and how far the two agree.
+
+        `key` is that of the job offered last, or of another queue's; then `here` is the root.
+        """
+        node, depth = self.here, self.depth
+        while node.parent is not None and (not node.open or node.end - len(node.segment) >= depth):
+            depth = min(depth, node.end - len(node.segment))
+            node = node.parent
+        while depth == node.end and (child := node.child(key)) is not None and child.open:
+            depth += shared(key, depth, child.segment)
+            node = child  # in its middle, if the prompt left its segment
+        return node, depth
 
     def departures(self, key: bytes) -> list[int]:
         """Return the depths at which known jobs leave the prompt `key`, which is none of theirs."""
@@ -179,22 +200,20 @@ class Trie:
             node = child
         return [*depths, node.end] if node.total else depths
 
-    def _descend(self, frames: list[_Frame], job: Job) -> None:
-        """Lengthen the way down from its last node to where the key of `job` ends, making nodes if need be."""
-        node, key = frames[-1].node, job.key
+    def _descend(self, way: list[_Step], job: Job, num: int, fresh: int) -> Node:
+        """Lengthen the way to where the key of `job` ends, making nodes if need be; return its last one."""
+        node, key = way[-1].node, job.key
         while node.end < len(key):
-            found = node.child(key)
-            if found is None:
+            child = node.child(key)
+            if child is None:
                 child = Node(key[node.end :], len(key), job.number)
                 node.adopt(child)
                 self.num_bytes += len(child.segment)
-            else:
-                agreed = shared(key, node.end, found.segment)
-                child = found if agreed == len(found.segment) else _split(found, agreed)
+            elif not key.startswith(child.segment, node.end):
+                child = _split(child, shared(key, node.end, child.segment))
             node = child
-            frames.append(_Frame(node, oldest=job.number))
-        frames[-1].jobs += 1
-        frames[-1].oldest = min(frames[-1].oldest, job.number)
+            way.append(_Step(node, num, fresh))
+        return node
 
     def _tidy(self, node: Node) -> None:
         """Remove nodes that nobody needs, and join one that no longer branches with its only child."""
@@ -202,6 +221,8 @@ class Trie:
         while parent is not None and not node.total:
             del parent.children[node.segment[:WIDTH]]
             node.parent = None
+            if node is self.here:
+                self.here, self.depth = parent, min(self.depth, parent.end)
             self.num_bytes -= len(node.segment)
             node, parent = parent, parent.parent
         if parent is not None and len(node.children) == 1:
@@ -212,6 +233,8 @@ class Trie:
                 child.born = min(child.born, node.born)
                 parent.adopt(child)
                 node.parent = None
+                if node is self.here:
+                    self.here, self.depth = child, min(self.depth, node.end)
 
 
 def shared(key: bytes, depth: int, segment: bytes) -> int:
@@ -225,21 +248,17 @@ def shared(key: bytes, depth: int, segment: bytes) -> int:
     return (first if num and differ[first] else num) * WIDTH
 
 
-def _leave(frames: list[_Frame]) -> None:
-    """Climb out of a node: it and its parent's frame get what was inserted below."""
-    frame = frames.pop()
-    node = frame.node
-    added = frame.fresh + (0 if node.open else len(node.segment))
-    node.total += frame.jobs
-    node.open += frame.jobs
-    node.fresh += added
-    node.born = min(node.born, frame.oldest)
-    if frames:
-        above = frames[-1]
-        above.jobs += frame.jobs
-        above.fresh += added
-        above.oldest = min(above.oldest, frame.oldest)
-        above.node.rank(node)
+def _leave(way: list[_Step], num: int, fresh: int) -> int:
+    """Climb out of the last node of the way and count there what was inserted since; return `fresh`, with its own."""
+    node, num_before, fresh_before = way.pop()
+    if not node.open:
+        fresh += len(node.segment)
+    node.total += num - num_before
+    node.open += num - num_before
+    node.fresh += fresh - fresh_before
+    if way:
+        way[-1].node.rank(node)
+    return fresh
 
 
 def _split(lower: Node, at: int) -> Node:
