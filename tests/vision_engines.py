@@ -9,12 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from common.messages import GenerateJob
 from common.settings import Settings
-from tests.models import EOS
 from tests.vision_models import digest, png, save_tiny_vision, url
 from worker import model, platform
 from worker.cache import Limits
@@ -35,17 +35,18 @@ def saved(family: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _loaded(family: str) -> tuple[LoadedModel, LoadedTokenizer]:
-    path = str(saved(family))
-    return model.load(path, device=platform.device()), model.load_tokenizer(path)
+def _loaded(path: Path, dtype: str | None) -> tuple[LoadedModel, LoadedTokenizer]:
+    return model.load(str(path), dtype=dtype, device=platform.device()), model.load_tokenizer(str(path))
 
 
 @lru_cache(maxsize=8)
-def _reference(family: str) -> tuple[Any, Any]:
+def reference(path: Path, dtype: str) -> tuple[Any, Any]:
+    """Return mlx-vlm's own model and processor, the model's floats in one type."""
     import mlx_vlm
 
-    made: tuple[Any, Any] = mlx_vlm.load(str(saved(family)))
-    return made
+    inner, processor = mlx_vlm.load(str(path))
+    inner.set_dtype(getattr(mx, dtype))
+    return inner, processor
 
 
 def ask(*parts: Part, system: str | None = None, **sampling: Any) -> GenerateJob:
@@ -66,7 +67,7 @@ def ask(*parts: Part, system: str | None = None, **sampling: Any) -> GenerateJob
 class Bench:
     """One engine, and the pictures that its jobs may show."""
 
-    family: str
+    path: Path
     loaded: LoadedModel
     reader: LoadedTokenizer
     engine: Engine
@@ -92,7 +93,12 @@ class Bench:
 
     def alone(self, *parts: Part, max_tokens: int = 12) -> tuple[list[int], list[Any]]:
         """Return mlx-vlm's own greedy tokens and log-probabilities for the job."""
-        key = (self.family, max_tokens, *(part if isinstance(part, str) else url(part) for part in parts))
+        key = (
+            self.path,
+            self.loaded.dtype,
+            max_tokens,
+            *(part if isinstance(part, str) else url(part) for part in parts),
+        )
         if key not in _ALONE:
             _ALONE[key] = self._alone(parts, max_tokens)
         return _ALONE[key]
@@ -101,7 +107,7 @@ class Bench:
         from mlx_vlm.generate import generate_step
         from mlx_vlm.utils import prepare_inputs
 
-        inner, processor = _reference(self.family)
+        inner, processor = reference(self.path, self.loaded.dtype)
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in parts]
         said = [{"role": "user", "content": content}]
         text = processor.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
@@ -112,17 +118,22 @@ class Bench:
         for token, row in generate_step(*given, max_tokens=max_tokens, temperature=0.0, **made):
             tokens.append(int(token))
             logprobs.append(np.array(row).reshape(-1))
-            if tokens[-1] == EOS:
+            if tokens[-1] in self.loaded.eos_token_ids:
                 break
         return tokens, logprobs
 
 
-def bench(family: str = "qwen2_vl", *, max_rows: int = 6, chunk_tokens: int = 32, kv_bytes: int = 1 << 30,
-          picture_bytes: int = 1 << 24, exact: bool = False) -> Bench:  # fmt: skip
-    """Build an engine on the family's tiny model."""
-    loaded, reader = _loaded(family)
+def bench(family: str = "qwen2_vl", *, dtype: str | None = None, **limits: Any) -> Bench:
+    """Build an engine on the family's tiny model; see `bench_at`."""
+    return bench_at(saved(family), dtype=dtype, **limits)
+
+
+def bench_at(path: Path, *, dtype: str | None = None, max_rows: int = 6, chunk_tokens: int = 32,
+             kv_bytes: int = 1 << 30, picture_bytes: int = 1 << 24, exact: bool = False) -> Bench:  # fmt: skip
+    """Build an engine on a model's directory."""
+    loaded, reader = _loaded(path, dtype)
     limits = Limits(max_rows, chunk_tokens, kv_bytes, picture_bytes=picture_bytes)
-    return Bench(family, loaded, reader, Engine(loaded, limits, exact=exact))
+    return Bench(path, loaded, reader, Engine(loaded, limits, exact=exact))
 
 
 def same(ours: Sequence[int], theirs: Sequence[int], logprobs: Sequence[Any]) -> bool:
@@ -131,3 +142,8 @@ def same(ours: Sequence[int], theirs: Sequence[int], logprobs: Sequence[Any]) ->
         if a != b:
             return float(logprobs[step][b] - logprobs[step][a]) <= 1e-4
     return len(ours) == len(theirs)
+
+
+def characters(text: str) -> str:
+    """Leave out what stands for bytes that are no character: an answer may be cut within one."""
+    return text.replace("\ufffd", "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -241,8 +242,9 @@ def _read_tokenizer(path: Path, name: str, max_image_pixels: int) -> LoadedToken
             f"{path} has no chat template, so it is a base model or a part is missing: take the instruct version"
             + ("" if path.is_file() else ", or add chat_template.jinja")
         )
-    length, ends = _context_length(config, path), frozenset(tokenizer.eos_token_ids)
-    return LoadedTokenizer(tokenizer, name, length, ends, *_read_processor(path, config, name, max_image_pixels))
+    seeing, blind = _read_processor(path, config, name, max_image_pixels)
+    ends = frozenset(tokenizer.eos_token_ids) | (seeing.ends if seeing else frozenset())
+    return LoadedTokenizer(tokenizer, name, _context_length(config, path), ends, seeing, blind)
 
 
 def _read_processor(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> tuple[Processor | None, str]:
@@ -262,9 +264,13 @@ def _read_directory_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWr
         raise ModelNotLoaded(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it from the model's page")
     try:
         # Without trust_remote_code, transformers asks on the terminal whether to run the model's own code.
-        never = {"trust_remote_code": False}
+        never: dict[str, Any] = {"trust_remote_code": False}
         ends = config.get("eos_token_id")
         tokenizer: TokenizerWrapper = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
+        beside = path / "chat_template.json"  # where vision models have it, and transformers' tokenizers do not look
+        if not tokenizer.has_chat_template and beside.exists():
+            never["chat_template"] = json.loads(beside.read_text())["chat_template"]
+            tokenizer = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
     except (Exception, SystemExit) as error:  # bare Exception: tokenizers, for a broken file; SystemExit: see above
         raise ModelNotLoaded(f"cannot load the tokenizer of {path}: {_brief(error)}; download it again") from error
     return tokenizer

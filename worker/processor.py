@@ -70,7 +70,8 @@ class Processor:
 
     Attributes:
         placeholder: the token that the chat template writes once for each picture.
-        chat_template: the processor's own, or None where the tokenizer's serves.
+        chat_template: for messages with pictures, or None where the tokenizer's serves.
+        ends: tokens that end an answer, besides those of the tokenizer.
     """
 
     def __init__(self, processor: Any, name: str, max_pixels: int) -> None:
@@ -78,7 +79,9 @@ class Processor:
         self._text = str(getattr(processor, "image_token", None) or getattr(processor, "boi_token", ""))
         tokenizer = processor.tokenizer
         self.placeholder = int(tokenizer.convert_tokens_to_ids(self._text)) if self._text else -1
-        self.chat_template: str | None = getattr(processor, "chat_template", None)
+        template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        self.chat_template = template if isinstance(template, str) else None
+        self.ends = frozenset(int(token) for token in getattr(processor, "additional_eos_token_ids", ()))
         self._layouts: Recent[Layout] = Recent(_LAYOUT_BYTES)
 
     def layout(self, digest: str, fetch: Callable[[str], bytes | None]) -> Layout:
