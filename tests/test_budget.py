@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 from common.messages import Sampling
+from tests.effort import lines_run
 from tests.engines import bench, prompt
 from tests.models import tiny
 from worker.group import Chosen, Plan, Waiting
@@ -155,24 +154,6 @@ def test_the_number_of_buffers_stays_under_its_cap_and_all_jobs_finish(cap: int)
     assert set(run.ended) == set(prompts)
     assert most <= cap
     assert run.engine.cache.evicted.nodes > 0
-
-
-def lines_run(work: Callable[[], object]) -> int:
-    """Count the lines of our own code that run: work, without a clock."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace if "/worker/" in frame.f_code.co_filename else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 class Sized:
