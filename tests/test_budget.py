@@ -14,7 +14,7 @@ import pytest
 
 from common.messages import Sampling
 from tests.effort import lines_run
-from tests.engines import bench, prompt
+from tests.engines import alone, bench, prompt
 from tests.models import tiny
 from worker.group import Chosen, Plan, Waiting
 from worker.line import Line
@@ -29,7 +29,6 @@ HEAVY: dict[str, Any] = {
     "num_hidden_layers": 8, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4,
     "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
-TOKEN_BYTES = 2 * 8 * 4 * 32 * 4
 
 
 @dataclass
@@ -74,17 +73,25 @@ def distinct(prompts: Sequence[np.ndarray]) -> int:
     return plan.num_bytes // 4
 
 
-def run_at_its_budget(prompts: list[np.ndarray], answers: Callable[[int], int], rows: int) -> Ran:
+def run_at_its_budget(
+    prompts: list[np.ndarray],
+    answers: Callable[[int], int],
+    rows: int,
+    *,
+    config: dict[str, Any] = HEAVY,
+    chunk_tokens: int = 64,
+) -> Ran:
     """Run prompts as planned at the largest union of paths of `rows` consecutive ones, and their answers."""
     order = planned(prompts)
     windows = [order[at : at + rows] for at in range(max(1, len(order) - rows + 1))]
-    budget = TOKEN_BYTES * max(
+    token_bytes = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
+    budget = token_bytes * max(
         distinct([job.tokens for job in window]) + sum(answers(int(job.id)) for job in window) for window in windows
     )
-    run = bench(tiny(**HEAVY), alone=tiny(**HEAVY), max_rows=rows, chunk_tokens=64, kv_bytes=budget)
+    run = bench(tiny(**config), alone=tiny(**config), max_rows=rows, chunk_tokens=chunk_tokens, kv_bytes=budget)
     run.watched.engine = None  # keep no logits
     engine, todo = run.engine, list(order)
-    assert engine._loaded.kv_bytes_per_token == TOKEN_BYTES
+    assert engine._loaded.kv_bytes_per_token == token_bytes
     seen, base = 0, mx.get_active_memory()
     mx.reset_peak_memory()
     ended: dict[str, Finished] = {}
@@ -137,6 +144,20 @@ def test_a_planned_queue_keeps_its_full_hit_rate_at_the_budget_it_needs(
     assert ran.counted <= 1.05
     assert ran.allocated <= 1.3  # with what calls compute on the way, which is much beside so little KV
     assert ran.rows >= running
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_patient")
+def test_a_prompt_of_20_000_tokens_with_100_questions_is_computed_once_at_the_budget_it_needs() -> None:
+    config = {**HEAVY, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    prompts = tree([(1, 20_000), (100, (20, 60))], 0)
+    ran = run_at_its_budget(prompts, lambda _: 8, 10, config=config, chunk_tokens=512)
+    assert ran.computed == 1.0
+    assert ran.counted <= 1.05
+    assert ran.rows >= 0.9
+    assert len(ran.ended) == len(prompts)
+    for number in (0, 57):
+        assert list(ran.ended[str(number)].tokens) == alone(tiny(**config), prompts[number], 8)[0]
 
 
 @pytest.mark.parametrize("cap", [20, 60])
