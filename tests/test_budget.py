@@ -15,7 +15,12 @@ import pytest
 from common.messages import Sampling
 from tests.effort import lines_run
 from tests.engines import alone, bench, prompt
+from tests.families import FAMILIES
 from tests.models import tiny
+from tests.test_families import family_bench
+from tests.test_families import tree as tree_of_turns
+from worker.cache import Limits
+from worker.engine import Engine
 from worker.group import Chosen, Plan, Waiting
 from worker.line import Line
 from worker.radix import RadixTree
@@ -23,6 +28,7 @@ from worker.row import Answer, Row
 from worker.runner import SPARE_PROMPTS
 from worker.sampling import Sampler
 from worker.sequence import Finished, Prompt
+from worker.solo import arrays
 
 # KV weighs far more than anything that is computed on the way: 8 KiB per token
 HEAVY: dict[str, Any] = {
@@ -122,6 +128,23 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FOUR_LEVELS = [(4, 64), (2, 32), (4, 128), (4, 16)]
+
+
+@pytest.mark.parametrize(("name", "cap"), [("falcon_h1", 80), ("kimi_linear", 60), ("longcat_flash", 80)])
+def test_the_cap_counts_the_buffers_of_a_model_that_keeps_more_than_two_per_layer(name: str, cap: int) -> None:
+    loaded = family_bench(name, chunk_tokens=32).engine._loaded
+    engine = Engine(loaded, Limits(2, 32, 1 << 30, cap), exact=False, reuse=FAMILIES[name].way)
+    jobs = tree_of_turns(np.random.default_rng(0), 12)
+    for job_id, job in jobs.items():
+        engine.add(job_id, job)
+    most = num_ended = 0
+    while engine.busy:
+        num_ended += len(engine.step())
+        held = [node.payload.caches for node in engine.cache.tree.nodes()]
+        most = max(most, len(arrays([held, engine._running.batch._caches])))
+    assert num_ended == len(jobs)
+    assert cap / 2 < most <= cap
+    assert engine.cache.evicted.nodes > 0
 
 
 @pytest.mark.usefixtures("_patient", "held_bytes")

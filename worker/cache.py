@@ -5,10 +5,11 @@ Between the engine, which runs rows, and the tree, which knows no arrays. Knows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from common.errors import ContextLengthExceeded
 from worker.forms import Choose
@@ -16,7 +17,7 @@ from worker.kv import Batch
 from worker.model import LoadedModel
 from worker.radix import Evicted, Match, Node, RadixTree
 from worker.row import Row
-from worker.solo import Solo
+from worker.solo import Solo, leaves
 
 Reuse = Literal["shared", "copied", "snapshot", "none"]
 """How a prefix serves a row: read in place by all; its KV copied; the whole state at its end copied; not at all."""
@@ -57,7 +58,7 @@ class Need:
     """What must fit beside the tree.
 
     Attributes:
-        holders: things that hold two arrays per layer.
+        holders: things that hold what one cache of the model does: for plain KV two arrays per layer.
         passing: bytes needed besides for a moment, while buffers are copied layer by layer.
     """
 
@@ -85,6 +86,7 @@ class PrefixCache:
         self.evicted = Evicted(0, 0)
         self.reuse = reuse
         self._loaded, self._limits, self._choose = loaded, limits, choose
+        self._max_holders = limits.arrays // max(1, _num_arrays(make_prompt_cache(loaded.model)))
 
     def new_batch(self, columns: int = 0) -> Any:
         """Return an empty batch of the kind that this model's rows run in."""
@@ -151,7 +153,7 @@ class PrefixCache:
         tree = self.tree
         passing = max(0, need.passing - int(PASSING * self._limits.kv_bytes))
         over = tree.nbytes + need.nbytes + passing - self._limits.kv_bytes
-        nodes_over = tree.num_nodes + 2 + need.holders - self._limits.arrays // (2 * self._loaded.num_layers)
+        nodes_over = tree.num_nodes + 2 + need.holders - self._max_holders
         if over > tree.nbytes - tree.pinned_bytes or nodes_over > tree.num_nodes - tree.num_pinned:
             return False  # and nothing is evicted in vain
         self.evict(over, nodes_over)
@@ -195,6 +197,11 @@ class PrefixCache:
             f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
             f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"
         )
+
+
+def _num_arrays(caches: Sequence[Any]) -> int:
+    """Return how many arrays these caches hold once they are used: a list of states each, or keys and values."""
+    return sum(len(leaf.cache) if isinstance(leaf, ArraysCache) else 2 for leaf in leaves(caches))
 
 
 def _cut(found: Match[Any], length: int) -> Match[Any]:
