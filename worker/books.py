@@ -1,16 +1,21 @@
 """RQ's bookkeeping at the end of an execution, in a transaction that the caller has fenced. Knows no results of ours.
 
 RQ's own methods open the transaction themselves, so nothing could be watched before it, and they log a failed one
-instead of raising. These do the same, command for command.
+instead of raising. These leave the same behind. Of a job that finished RQ writes the whole hash once more; these write
+what changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rq.job import Job, JobStatus
 from rq.rate_limit import release_slot
 from rq.repeat import Repeat
+from rq.results import Result
+from rq.utils import now, utcformat
 from rq.worker import BaseWorker
 
 from worker.flight import Flight
@@ -25,25 +30,38 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
     ready = queue.move_dependents_to_ready(job, pipeline=pipe)
     if not pipe.explicit_transaction:  # it begins the transaction only if there are dependents
         pipe.multi()
-    append_success(worker, flight, pipe)
+    append_success(worker, [flight], pipe)
     pipe.execute()
     queue.enqueue_ready_jobs_by_queue(ready)
     release_slot(job)
 
 
-def append_success(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
-    """Append what `succeed` writes for the job itself."""
+def append_success(worker: BaseWorker, flights: Sequence[Flight], pipe: Pipeline) -> None:
+    """Append what `succeed` writes for the jobs themselves."""
+    for flight in flights:
+        job = flight.job
+        ttl = job.get_result_ttl(worker.default_result_ttl)
+        _finish(worker, flight, ttl, pipe)
+        if job.repeats_left:
+            Repeat.schedule(job, flight.queue, pipeline=pipe)
+        else:
+            job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
+            job._status = JobStatus.FINISHED
+        worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+    if flights:
+        pipe.hincrby(worker.key, "successful_job_count", len(flights))
+        worker.increment_total_working_time(sum((_took(flight.job) for flight in flights), timedelta()), pipe)
+
+
+def _finish(worker: BaseWorker, flight: Flight, ttl: int, pipe: Pipeline) -> None:
     job = flight.job
-    ttl = job.get_result_ttl(worker.default_result_ttl)
-    job._handle_success(ttl, pipeline=pipe, **_execution(worker, flight))
-    if job.repeats_left:
-        Repeat.schedule(job, flight.queue, pipeline=pipe)
-    else:
-        job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
-        job._status = JobStatus.FINISHED
-    worker.increment_successful_job_count(pipeline=pipe)
-    _count_time(worker, job, pipe)
-    worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+    job._status = JobStatus.FINISHED
+    ended_at = utcformat(job.ended_at or now())
+    pipe.hset(job.key, mapping={"status": job._status, "ended_at": ended_at})
+    value, of = job._result, _execution(worker, flight)
+    Result.create(job, Result.Type.SUCCESSFUL, return_value=value, ttl=ttl, pipeline=pipe, **of)
+    if ttl != 0:
+        job.finished_job_registry.add(job, ttl, pipe)
 
 
 def is_plain(flight: Flight) -> bool:
@@ -55,7 +73,7 @@ def fail(worker: BaseWorker, flight: Flight, pipe: Pipeline, reason: str, *, ret
     """Fail or stop a job, or queue it again, and execute the transaction."""
     pipe.multi()
     worker.increment_failed_job_count(pipe)
-    _count_time(worker, flight.job, pipe)
+    worker.increment_total_working_time(_took(flight.job), pipe)
     append_failure(worker, flight, pipe, reason, retry=retry)
     pipe.execute()
     after_failure(flight, retry=retry)
@@ -79,9 +97,8 @@ def after_failure(flight: Flight, *, retry: bool) -> None:
     release_slot(flight.job)
 
 
-def _count_time(worker: BaseWorker, job: Job, pipe: Pipeline) -> None:
-    if job.started_at and job.ended_at:
-        worker.increment_total_working_time(job.ended_at - job.started_at, pipe)
+def _took(job: Job) -> timedelta:
+    return job.ended_at - job.started_at if job.started_at and job.ended_at else timedelta()
 
 
 def _execution(worker: BaseWorker, flight: Flight) -> dict[str, Any]:

@@ -173,8 +173,7 @@ class Outbox:
             with fence(self._worker, plain) as (pipe, held):
                 plain = [flight for flight in held if flight.status == JobStatus.STARTED and not flight.awaited]
                 pipe.multi()
-                for flight in plain:
-                    books.append_success(self._worker, self._succeeded(flight), pipe)
+                books.append_success(self._worker, [self._succeeded(flight) for flight in plain], pipe)
                 pipe.execute()
         except redis.exceptions.WatchError:
             return []

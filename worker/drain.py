@@ -256,10 +256,9 @@ class Drain:
             pipe.lrem(queue.intermediate_queue_key, 1, job.id)
             flight = Flight(job, queue, execution, started_at=started_at, suspicion=item.suspicion)
             flight.error = Expired(EXPIRED) if late else None
-            pipe.hdel(self.ledger.key, field(job.id))
-            self.ledger.write(flight, pipe)
             taken.append((candidate, flight))
         if taken:
+            self.ledger.start([flight for _, flight in taken], pipe)
             self._worker.heartbeat(LEASE_S, pipeline=pipe)
             self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
         return taken, marks

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from redis import Redis
 from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
-from rq.registry import BaseRegistry, StartedJobRegistry
+from rq.registry import BaseRegistry, FinishedJobRegistry, StartedJobRegistry
 from rq.utils import import_attribute, now
 
 from common import keys
@@ -92,10 +92,15 @@ class QueuedJob(Job):
     keep_s: ClassVar[int] = 3_600
     packed = b""
 
-    @cached_property
+    @property
     def started_job_registry(self) -> StartedJobRegistry:
         """RQ would make a new one at each of three looks per job, and that is slow."""
-        return cast(StartedJobRegistry, super().started_job_registry)
+        return cast(StartedJobRegistry, _registry(StartedJobRegistry, self.origin, self.connection))
+
+    @property
+    def finished_job_registry(self) -> FinishedJobRegistry:
+        """As above."""
+        return cast(FinishedJobRegistry, _registry(FinishedJobRegistry, self.origin, self.connection))
 
     @classmethod
     def fetch_many(cls, job_ids: Iterable[str], connection: Redis, serializer: Any = None) -> list[Job | None]:
@@ -208,6 +213,11 @@ class QueuedJob(Job):
 
     def send_webhooks(self, status: Any, *, exc_string: str | None = None) -> None:
         """Send none."""
+
+
+@lru_cache(maxsize=16)  # of queues and connections
+def _registry(kind: type[BaseRegistry], queue: str, connection: Redis) -> BaseRegistry:
+    return kind(queue, connection=connection, job_class=QueuedJob, serializer=JobSerializer)
 
 
 def _timeout(said: int | None) -> int:

@@ -8,6 +8,7 @@ its worker, or who takes over from it, writes it: watching the key tells whether
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -51,14 +52,14 @@ class Ledger:
             pipe.srem(keys.FLIGHTS, self.name)
             pipe.execute()
 
-    def write(self, flight: Flight, pipe: Redis) -> None:
-        """Say that a job runs."""
-        entry = Entry(flight.job.id, flight.id, flight.queue.name, flight.tokens)
-        pipe.hset(self.key, field(entry.job_id, entry.execution), entry.text)
+    def start(self, flights: Sequence[Flight], pipe: Redis) -> None:
+        """Say that jobs which were claimed run."""
+        pipe.hdel(self.key, *(field(flight.job.id) for flight in flights))
+        pipe.hset(self.key, mapping=dict(map(_written, flights)))
 
     def record(self, flight: Flight) -> None:
         """Write how far a job came."""
-        self.write(flight, self._connection)
+        self._connection.hset(self.key, *_written(flight))
 
     def remove(self, flight: Flight, pipe: Redis) -> None:
         """Say that a job is out of our hands."""
@@ -73,6 +74,11 @@ class Ledger:
         """Return the ledgers of all other processes."""
         names = cast(set[bytes], self._connection.smembers(keys.FLIGHTS))
         return [Ledger(self._connection, name) for name in sorted(map(bytes.decode, names)) if name != self.name]
+
+
+def _written(flight: Flight) -> tuple[str, str]:
+    entry = Entry(flight.job.id, flight.id, flight.queue.name, flight.tokens)
+    return field(entry.job_id, entry.execution), entry.text
 
 
 def _entry(name: str, text: bytes) -> Entry:
