@@ -86,6 +86,11 @@ class Broker:
             ) from error
         except errors.BusyLoadingError as error:
             raise BrokerUnavailable(f"Redis at {self.address} is still loading its data; try again soon") from error
+        except errors.OutOfMemoryError as error:
+            raise BrokerUnavailable(
+                f"Redis at {self.address} is full (maxmemory) and takes no more jobs or results; "
+                "give it more (CONFIG SET maxmemory), or submit fewer jobs at a time"
+            ) from error
         except (errors.ConnectionError, errors.TimeoutError) as error:
             raise BrokerUnavailable(
                 f"cannot reach Redis at {self.address} ({_first_line(error)}); "

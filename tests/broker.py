@@ -68,6 +68,14 @@ class Broker:
     def num_results(self, job: Job) -> int:
         return RqResult.count(job)
 
+    def assert_settled(self, *queues: str) -> None:
+        """Assert that nobody holds anything any more: no lease, no claim, no suspicion, no ledger."""
+        for queue in queues or (keys.DEFAULT_QUEUE,):
+            assert self.waiting(queue) == self.waiting(f"{queue}:intermediate") == []
+            assert self.redis.zcard(f"rq:wip:{queue}") == 0
+        left = [key for name in (keys.FLIGHTS, keys.SUSPECTS) for key in self.redis.scan_iter(f"{name}*")]
+        assert left == []
+
     @property
     def worker(self) -> Worker:
         (worker,) = Worker.all(connection=self.redis)

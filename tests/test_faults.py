@@ -16,19 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis import Redis
 from rq import Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 
-from common import keys
 from common.serializer import JobSerializer
 from tests import lethal
 from tests.broker import ENDLESS, Broker
 from tests.lethal import POISON
 from tests.models import smollm2_path
 from tests.processes import Process, Processes, wait_until
-from worker import server
 from worker.suspects import LONE_SILENT, LONE_SPOKE
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
@@ -50,15 +47,6 @@ def start(processes: Processes, broker: Broker, endless: Path) -> Callable[..., 
 
 def num_with(broker: Broker, jobs: Sequence[Job], status: str) -> int:
     return [broker.status(job) for job in jobs].count(status)
-
-
-def settled(broker: Broker, *queues: str) -> None:
-    """Assert that nobody holds anything any more: no lease, no claim, no suspicion, no ledger."""
-    for queue in queues or ("radixq",):
-        assert broker.waiting(queue) == broker.waiting(f"{queue}:intermediate") == []
-        assert broker.redis.zcard(f"rq:wip:{queue}") == 0
-    left = [key for name in (keys.FLIGHTS, keys.SUSPECTS) for key in broker.redis.scan_iter(f"{name}*")]
-    assert left == []
 
 
 class TestKilled:
@@ -87,7 +75,7 @@ class TestKilled:
         assert {job.get_status() for job in submitted} == {JobStatus.FINISHED}
         assert {Job.fetch(job.id, broker.redis).retries_left for job in submitted} == {None}
         assert broker.listed() == []
-        settled(broker, "a", "b")
+        broker.assert_settled("a", "b")
 
     @pytest.mark.long
     @pytest.mark.parametrize(("name", "share"), [("tiny", 0.25), ("smollm2", 0.1)])
@@ -150,7 +138,7 @@ class TestCrashes:
         assert crashes <= 2 + (LONE_SPOKE if how == "os.abort()" else LONE_SILENT)  # with three mates, with one, alone
         reports = list((tmp_path / "home" / ".radixq" / "crashes").glob("*"))
         assert bool(reports) == (how == "os.abort()")
-        settled(broker)
+        broker.assert_settled()
 
     def test_a_job_that_ends_the_tokenizer_is_given_up_while_the_rows_in_the_engine_go_on(
         self, broker: Broker, start: Callable[..., Process], tmp_path: Path
@@ -173,7 +161,7 @@ class TestCrashes:
         broker.wait_for("cancelled", *before)
         assert worker.stop() == 0
         assert "secret" not in worker.log
-        settled(broker)
+        broker.assert_settled()
 
 
 @pytest.mark.long
@@ -198,7 +186,7 @@ class TestAsleep:
         assert {broker.num_results(job) for job in jobs} == {1}
         assert {broker.result(job)["worker"] for job in jobs} == {"other"}
         assert {job.get_status() for job in jobs} == {JobStatus.FINISHED}
-        settled(broker)
+        broker.assert_settled()
 
     def test_a_worker_that_wakes_up_alone_goes_on(self, broker: Broker, start: Callable[..., Process]) -> None:
         jobs = [broker.enqueue(1500) for _ in range(4)]
@@ -211,88 +199,7 @@ class TestAsleep:
         assert {broker.result(job)["attempts"] for job in jobs} == {"1"}
         assert sleeper.stop() == 0
         assert "lease lost" not in sleeper.log
-        settled(broker)
-
-
-@pytest.mark.long
-class TestServer:
-    """A server that goes away, is full, or refuses its clients."""
-
-    @pytest.fixture
-    def home(self, tmp_path: Path) -> Path:
-        return tmp_path / "server"
-
-    def test_jobs_end_once_though_the_server_is_killed_at_random_moments(
-        self, processes: Processes, endless: Path, home: Path
-    ) -> None:
-        rng = random.Random(5)
-        running = server.start(home)
-        broker = Broker(running.url)
-        try:
-            jobs = [broker.enqueue(rng.choice((5, 300, 1000))) for _ in range(40)]
-            wait_until(lambda: broker.redis.info("persistence")["aof_pending_bio_fsync"] == 0, "the file has them")
-            time.sleep(1.1)  # it is synced once a second
-            worker = processes.rq_worker(running.url, "radixq", model=endless, env=ROWS)
-            worker.wait_for_log("ready")
-            for _ in range(4):
-                time.sleep(rng.uniform(1.2, 2.5))
-                assert running.process is not None
-                running.process.kill()
-                running.process.wait()
-                time.sleep(rng.uniform(0, 2))
-                running = server.start(home)
-            broker.wait_for("finished", *jobs)
-            assert {broker.num_results(job) for job in jobs} == {1}
-            last = broker.enqueue(ENDLESS)
-            broker.wait_for("running", last)
-            wait_until(lambda: broker.redis.pubsub_numsub(f"rq:pubsub:{broker.worker.name}")[0][1], "it listens again")
-            send_stop_job_command(broker.redis, last.id, JobSerializer)
-            broker.wait_for("cancelled", last)
-            assert worker.stop() == 0
-            settled(broker)
-        finally:
-            broker.redis.close()
-            running.stop()
-
-    def test_a_full_a_read_only_and_a_locked_server_are_waited_for(
-        self, processes: Processes, endless: Path, home: Path
-    ) -> None:
-        with server.start(home, persistent=False) as running:
-            broker = Broker(running.url)
-            admin = broker.redis
-            worker = processes.rq_worker(running.url, "radixq", model=endless, env=ROWS)
-            worker.wait_for_log("ready")
-            faults: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
-                ("memory is full", lambda: admin.config_set("maxmemory", 1), lambda: admin.config_set("maxmemory", 0)),
-                ("read-only", lambda: admin.replicaof("127.0.0.1", 1), lambda: admin.replicaof("NO", "ONE")),
-                ("credentials", lambda: _lock(admin), lambda: admin.config_set("requirepass", "")),
-            ]
-            for words, break_it, mend_it in faults:
-                running_job, waiting_job = broker.enqueue(800), broker.enqueue()
-                broker.wait_for("running", running_job)
-                said = len(worker.log)
-                break_it()
-                wait_until(partial(_says, worker, said, "redis is away, going on", words), f"it says: {words}")
-                time.sleep(1)
-                mend_it()
-                broker.wait_for("finished", running_job, waiting_job)
-                assert {broker.num_results(job) for job in (running_job, waiting_job)} == {1}
-                wait_until(partial(_says, worker, said, "redis is back"), "it says so")
-            assert worker.stop() == 0
-            assert "Traceback" not in worker.log
-            settled(broker)
-            broker.redis.close()
-
-
-def _says(worker: Process, since: int, *words: str) -> bool:
-    lines = worker.log[since:].lower().splitlines()
-    return any(all(word.lower() in line for word in words) for line in lines)
-
-
-def _lock(admin: Redis) -> None:
-    """Ask everybody for a password from now on, but the connection of the test."""
-    admin.config_set("requirepass", "a new one")
-    admin.client_kill_filter(_type="normal", skipme=True)
+        broker.assert_settled()
 
 
 def expire_leases(broker: Broker) -> None:

@@ -6,6 +6,7 @@ goes round between them. Knows neither tokens nor caches.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 MAINTENANCE_S = 30
 SOCKET_TIMEOUT_S = 5.0
 _RELISTEN_S = 1.0
+_ONE_OUTAGE_S = 10.0  # failures of the command channel with less between them are one line of the log
 AGAIN_S = 0.3  # a second signal this soon is the same one, delivered twice
 
 _DEFECT = "the worker's loop ended by a defect; the lines above say where"
@@ -98,6 +100,7 @@ class BatchWorker(BaseWorker):
         self._burst = self._orderly = self._entered = False
         self._max_jobs: int | None = None
         self._stopped_at = 0.0
+        self._deaf_at = -math.inf
 
     def work(  # noqa: PLR0913  # RQ's signature
         self,
@@ -250,8 +253,10 @@ class BatchWorker(BaseWorker):
 
     def _pubsub_exception_handler(self, exc: Exception, *_: object) -> None:
         """Keep listening for commands, whatever comes: RQ's thread would end on a timeout, or on a broken message."""
-        _log.warning("command channel failed, listening again", extra={"error": exc})
+        if time.monotonic() - self._deaf_at > _ONE_OUTAGE_S:
+            _log.warning("command channel failed, listening again", extra={"error": exc})
         time.sleep(_RELISTEN_S)
+        self._deaf_at = time.monotonic()
 
     def unsubscribe(self) -> None:
         """Leave the worker's channel; unless its thread is told first, RQ waits a second for it."""
