@@ -54,7 +54,7 @@ def fetch(connection: Redis, digests: Iterable[str], *, max_pixels: int) -> dict
     return found
 
 
-def decode(digest: str, data: bytes, *, max_pixels: int) -> Image.Image:
+def decode(digest: str, data: bytes | memoryview, *, max_pixels: int) -> Image.Image:
     """Return the RGB pixels of a stored picture.
 
     Raises:
@@ -84,7 +84,7 @@ def missing(digest: str) -> ImageUnreadable:
     )
 
 
-def _open(digest: str, data: bytes) -> PngImagePlugin.PngImageFile:
+def _open(digest: str, data: bytes | memoryview) -> PngImagePlugin.PngImageFile:
     try:
         return PngImagePlugin.PngImageFile(io.BytesIO(data))
     except _DAMAGED as error:

@@ -56,6 +56,7 @@ class Layout:
 
     ids: Tokens
     grid: tuple[int, ...]
+    nbytes: int = 0
 
 
 class Pixels(NamedTuple):
@@ -94,15 +95,17 @@ class Processor:
         known = self._layouts.get(digest)
         if known is not None:
             return known
-        ids, inputs = self.pixels(digest, fetch(digest))
+        data = fetch(digest)
+        ids, inputs = self.pixels(digest, data)
         if len(ids) < LEAST_TOKENS:
             raise Unsupported(f"{self._name} makes only {len(ids)} tokens of picture {digest[:12]}; send a larger one")
         grid = inputs.get("image_grid_thw")
-        made = Layout(ids, () if grid is None else tuple(int(n) for n in np.array(grid).reshape(-1)))
+        patches = () if grid is None else tuple(int(n) for n in np.array(grid).reshape(-1))
+        made = Layout(ids, patches, len(data or b""))
         self._layouts.put(digest, made, ids.nbytes)
         return made
 
-    def pixels(self, digest: str, data: bytes | None) -> Pixels:
+    def pixels(self, digest: str, data: bytes | memoryview | None) -> Pixels:
         """Run the processor on a picture. Raises as `layout`."""
         if data is None:
             raise missing(digest)
@@ -127,7 +130,7 @@ def place(tokens: Tokens, digests: Iterable[str], layouts: Iterable[Layout], pla
         start = depth + int(at) - begin
         depth = start + len(layout.ids)
         pieces += [tokens[begin:at], keys(digest, len(layout.ids))]
-        pictures.append(Picture(start, depth, digest, layout.ids, layout.grid))
+        pictures.append(Picture(start, depth, digest, layout.ids, layout.grid, layout.nbytes))
         begin = int(at) + 1
     return np.concatenate([*pieces, tokens[begin:]]), tuple(pictures)
 

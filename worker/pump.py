@@ -29,9 +29,8 @@ from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
 from worker.orphans import Orphans
 from worker.outage import explain
-from worker.pictures import fetch
-from worker.recent import Recent
 from worker.sequence import Died, Event, Finished, Ready
+from worker.shelf import Shelf
 from worker.suspects import RECORD_TOKENS, may_join
 from worker.sweep import Sweep
 from worker.takeover import Takeover
@@ -46,7 +45,6 @@ TICK_S = 0.05
 POLL_S = 0.5  # cancelled jobs, `rq suspend`
 BEAT_S = 10.0  # well inside the lease
 BACKOFF_S = 5.0
-PICTURE_BYTES = 64 << 20  # of pictures kept for the next jobs that show them
 BATCH = 16  # jobs started, and results written, between two looks at the engine
 
 _log = logger("worker.pump")
@@ -71,7 +69,7 @@ class Pump:
         self._orphans = Orphans(worker.connection, worker.queues, settings)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
-        self._pictures: Recent[bytes] = Recent(PICTURE_BYTES)
+        self._shelf = Shelf(settings.max_image_pixels)
         self._stops: SimpleQueue[str] = SimpleQueue()
         self._ready = self._suspended = self._stopping = self._hurry = self._crashed = False
         self._alone, self._decoded_before = "", 0
@@ -241,35 +239,32 @@ class Pump:
         finally:
             self._scout.settled([candidate.job_id for candidate in batch])
 
-    def _fetch(self, batch: Sequence[Candidate]) -> dict[str, bytes]:
+    def _fetch(self, batch: Sequence[Candidate]) -> Mapping[str, memoryview]:
         """Return the pictures of jobs that are about to start; one that is gone fails its job when it is needed."""
         prompts = [candidate.prompt for candidate in batch if candidate.prompt]
-        wanted = {picture.digest for prompt in prompts for picture in prompt.pictures}
-        held = {digest: data for digest in wanted if (data := self._pictures.get(digest)) is not None}
-        missing = wanted - held.keys()
-        most = self._settings.max_image_pixels
-        new = fetch(self._worker.connection, missing, max_pixels=most) if missing else {}
-        for digest, data in new.items():
-            self._pictures.put(digest, data, len(data))
-        return held | new
+        wanted = [picture for prompt in prompts for picture in prompt.pictures]
+        return self._shelf.fetch(self._worker.connection, wanted)
 
     def _due(self, max_jobs: int | None) -> list[Candidate]:
         """Choose from the offers what is to leave its queue now.
 
         What will not run needs no room. What expires must have a row: in the engine it might wait, and run too late.
+        What brings pictures waits until there is room for them.
         Suspects go first, and never more at once than their limits allow.
         """
         due = [one for one in self._offers if self._is_over(one)]
         wanted = sorted((one for one in self._offers if one not in due), key=lambda one: -one.limit)
         room, rows = self._room(max_jobs), self._runner.free_rows
         running = [flight.limit for flight in self.flights.values()]
-        for at, one in enumerate(wanted):
+        chosen: list[Candidate] = []
+        for one in wanted:
             if not may_join(one.limit, running):
                 break
-            if at < (room if one.expires_s == math.inf else min(room, rows)):
-                due.append(one)
+            fits = self._shelf.fits([other.prompt for other in (*chosen, one)])
+            if fits and len(chosen) < (room if one.expires_s == math.inf else min(room, rows)):
+                chosen.append(one)
                 running.append(one.limit)
-        return due
+        return due + chosen
 
     def _is_over(self, candidate: Candidate) -> bool:
         """Whether it is only to be told so: it was refused, or its time has come."""
@@ -288,7 +283,7 @@ class Pump:
         """Whether there is more to do with Redis at once."""
         return not self._away_s and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
 
-    def _launch(self, candidate: Candidate, flight: Flight, stored: Mapping[str, bytes]) -> None:
+    def _launch(self, candidate: Candidate, flight: Flight, stored: Mapping[str, memoryview]) -> None:
         self.flights[flight.id] = flight
         self._active_at = time.monotonic()
         if flight.error is not None:

@@ -22,7 +22,8 @@ class Picture:
         digest: 64 hexadecimal digits that name its content.
         ids: int32 [stop - start], what the model is fed there.
         grid: its patches in time, height and width, for models whose positions follow them; else empty.
-        data: the picture as PNG; None until the worker has fetched it.
+        nbytes: size of the PNG as it is stored.
+        data: that PNG; None until the worker has fetched it.
     """
 
     start: int
@@ -30,7 +31,8 @@ class Picture:
     digest: str
     ids: Tokens
     grid: tuple[int, ...] = ()
-    data: bytes | None = None
+    nbytes: int = 0
+    data: bytes | memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Prompt:
         assert self.sampling.max_tokens is not None
         return self.sampling.max_tokens
 
-    def showing(self, stored: Mapping[str, bytes]) -> Prompt:
+    def showing(self, stored: Mapping[str, bytes | memoryview]) -> Prompt:
         """Return the prompt with the data of its pictures, as far as they are there."""
         if not self.pictures:
             return self
