@@ -1,8 +1,9 @@
 """Soak the cache: `./ops/soak [--operations N] [--jobs N] [--seed S]`. The same seed gives the same operations.
 
-First the tree alone against a plain set of prefixes: counters and eviction order are compared after every operation,
-the whole content now and then. Then tree and engine with a tiny random model, jobs without end on a small budget:
-answers are those of the job alone, everything adds up, and what MLX's allocator holds does not grow.
+First the tree alone against a plain set of prefixes: after every operation its bytes, tokens, nodes, pins, pinned bytes
+and the order of eviction, every thousand operations its content and links. Then tree and engine with a tiny random
+model, jobs without end on a small budget: answers are those of the job alone, everything adds up, and what MLX's
+allocator holds does not grow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import gc
 import random
 import time
+from collections import Counter
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +45,8 @@ class Tree:
         self.tree: RadixTree[Held] = RadixTree()
         self.known: set[tuple[int, ...]] = set()
         self.locked: list[Node[Held]] = []
+        self.pins: Counter[tuple[int, ...]] = Counter()  # of every prefix of a locked one
+        self.num_nodes = 0  # inserted less evicted; splits add to them
 
     def operate(self) -> None:
         """Do one thing: mostly insert, often lock or release, sometimes evict."""
@@ -50,11 +54,21 @@ class Tree:
         if choice < 0.5:
             self._insert()
         elif choice < 0.9 and self.locked:
-            self.tree.release(self.locked.pop(self.rng.randrange(len(self.locked))))
+            node = self.locked.pop(self.rng.randrange(len(self.locked)))
+            self.tree.release(node)
+            self.pins -= Counter(prefixes(node))
         else:
             self._evict()
-        if self.tree.num_tokens != len(self.known):
-            raise RuntimeError(f"the tree counts {self.tree.num_tokens} tokens, the set {len(self.known)}")
+        self._compare()
+
+    def _compare(self) -> None:
+        tree, num_known = self.tree, len(self.known)
+        counted = (tree.num_tokens, tree.nbytes, tree.num_nodes, tree.pinned_bytes, tree.root.pins)
+        right = (num_known, 8 * num_known, self.num_nodes + tree.num_splits, 8 * len(self.pins), len(self.locked))
+        if counted != right:
+            raise RuntimeError(
+                f"(tokens, bytes, nodes, pinned bytes, pins): the tree counts {counted}, the set {right}"
+            )
 
     def _insert(self) -> None:
         tokens = tuple(self.rng.choices(range(4), k=self.rng.randint(1, 12)))
@@ -62,17 +76,22 @@ class Tree:
         at = self.tree.match(ids)
         if at.length != max((n for n in range(len(tokens) + 1) if not n or tokens[:n] in self.known), default=0):
             raise RuntimeError(f"{tokens} matched {at.length} tokens")
-        node = self.tree.insert(at, ids[at.length :], Held(tokens[at.length :])) if at.length < len(tokens) else at.node
+        node = at.node
+        if at.length < len(tokens):
+            node = self.tree.insert(at, ids[at.length :], Held(tokens[at.length :]))
+            self.num_nodes += 1
         self.known |= {tokens[: n + 1] for n in range(at.length, len(tokens))}
         if len(self.locked) < 50:
             self.tree.lock(node)
             self.locked.append(node)
+            self.pins.update(prefixes(node))
 
     def _evict(self) -> None:
         """Evict, and see that the least recently used went first: every leaf left is younger, or in use."""
         asked = self.rng.randint(0, 400)
         idle = sorted((n.last_used, n) for n in self.tree.nodes() if not n.children and not n.pins)
         gone = self.tree.evict(asked)
+        self.num_nodes -= gone.nodes
         if gone.nbytes < asked and self.tree.nbytes != self.tree.pinned_bytes:
             raise RuntimeError(f"asked for {asked} bytes, got {gone.nbytes}, and there was more")
         kept = [node.payload is not None for _, node in idle]
@@ -82,11 +101,13 @@ class Tree:
 
     def stored(self) -> set[tuple[int, ...]]:
         """Return all prefixes in the tree."""
-        found = set()
-        for node in self.tree.nodes():
-            whole = tuple(t for n in node.path() for t in n.tokens.tolist())
-            found |= {whole[: n + 1] for n in range(node.start, node.end)}
-        return found
+        return {prefix for node in self.tree.nodes() for prefix in prefixes(node)[node.start :]}
+
+
+def prefixes(node: Node[Held]) -> list[tuple[int, ...]]:
+    """Return what ends in the tree on the way to the end of `node`, shortest first."""
+    whole = tuple(token for step in node.path() for token in step.tokens.tolist())
+    return [whole[: count + 1] for count in range(len(whole))]
 
 
 def soak_tree(operations: int, seed: int) -> str:
@@ -104,7 +125,7 @@ def soak_tree(operations: int, seed: int) -> str:
     run.tree.check()
     if run.tree.nbytes or run.tree.num_nodes:
         raise RuntimeError("bytes are left in an empty tree")
-    return f"{operations} operations, {run.tree.num_splits} splits: every count right after each"
+    return f"{operations} operations, {run.tree.num_splits} splits: tokens, bytes, nodes and pins right after each"
 
 
 def soak_engine(jobs: int, seed: int) -> str:

@@ -221,6 +221,20 @@ def test_sixty_thousand_tokens_are_compared_in_bulk_wherever_they_differ() -> No
         assert tree.match(other).length == common_prefix(tokens, other) == at
 
 
+def test_another_policy_evicts_in_its_own_order() -> None:
+    tree: RadixTree[Held] = RadixTree(lambda node: node.nbytes)
+    for tokens in ((1, 1, 1), (2, 2), (3,), (4, 4, 4, 4)):
+        node = add(tree, *tokens)
+        tree.lock(node)
+        tree.release(node)
+    left = []
+    while tree.num_nodes:
+        tree.evict(1)
+        tree.check()
+        left.append(sorted(node.first for node in tree.nodes()))
+    assert left == [[1, 2, 4], [1, 4], [4], []]
+
+
 class Operations(RuleBasedStateMachine):
     """Random inserts, locks, releases and evictions beside a plain set of prefixes."""
 

@@ -13,8 +13,8 @@ One tree serves one namespace (model, adapter, KV dtype): whoever owns it keeps 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
-from typing import Generic, NamedTuple, Protocol, Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +47,10 @@ class Node(Generic[P]):
         raw: these tokens as int32 in memory: equal segments are found with one comparison of bytes.
         nbytes: bytes of the payload.
         pins: how many locked handles lie in its subtree; above zero it cannot be evicted.
+        last_used: the tree's count of uses when it was locked last, or inserted.
     """
 
-    __slots__ = ("children", "end", "last_used", "nbytes", "parent", "payload", "pins", "raw", "start")
+    __slots__ = ("children", "end", "last_used", "nbytes", "offer", "parent", "payload", "pins", "raw", "start")
 
     def __init__(self, raw: bytes, start: int, parent: Node[P] | None, payload: P | None) -> None:
         self.raw = raw
@@ -61,6 +62,7 @@ class Node(Generic[P]):
         self.children: dict[int, Node[P]] = {}
         self.pins = 0
         self.last_used = 0
+        self.offer = 0  # number of the entry in the tree's heap that counts; earlier ones are out of date
 
     @property
     def tokens(self) -> Tokens:
@@ -96,8 +98,22 @@ class Evicted(NamedTuple):
     nbytes: int
 
 
+Policy = Callable[[Node[Any]], float]
+"""The order of eviction: of the leaves that nobody uses, the one for which it returns the least goes first.
+
+It is asked once each time a leaf comes to be unused: when its last pin is released, or its last child has gone. So it
+may read all of the node and of those above it, but not depend on what changes while the leaf lies there unused. Equal
+leaves go in the order in which they came to be unused.
+"""
+
+
+def least_recently_used(node: Node[Any]) -> float:
+    """Evict what was used longest ago."""
+    return node.last_used
+
+
 class RadixTree(Generic[P]):
-    """The tree of one namespace.
+    """The tree of one namespace. `policy` chooses what `evict` drops; nothing else does.
 
     Attributes:
         nbytes, num_nodes, num_tokens: what it holds, the root not counted.
@@ -105,7 +121,7 @@ class RadixTree(Generic[P]):
         pinned_bytes, num_pinned: the part of `nbytes` and `num_nodes` that eviction cannot touch now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Policy = least_recently_used) -> None:
         self.root: Node[P] = Node(b"", 0, None, None)
         self.nbytes = 0
         self.num_nodes = 0
@@ -114,7 +130,8 @@ class RadixTree(Generic[P]):
         self.pinned_bytes = 0
         self.num_pinned = 0
         self._clock = 0
-        self._leaves: list[tuple[int, int, Node[P]]] = []  # see `_offer`
+        self._policy = policy
+        self._leaves: list[tuple[float, int, Node[P]]] = []  # see `_offer`
         self._num_offers = 0
 
     def match(self, tokens: Tokens) -> Match[P]:
@@ -185,15 +202,15 @@ class RadixTree(Generic[P]):
         return node
 
     def evict(self, nbytes: int, nodes: int = 0) -> Evicted:
-        """Drop least recently used unpinned leaves until `nbytes` and `nodes` are freed or none is left.
+        """Drop unpinned leaves, as the policy orders them, until `nbytes` and `nodes` are freed or none is left.
 
         A parent that is left childless and unpinned becomes a leaf and goes in the same pass, in its turn.
         """
         freed = count = 0
         while self._leaves and (freed < nbytes or count < nodes):
-            last_used, _, node = heapq.heappop(self._leaves)
+            _, offer, node = heapq.heappop(self._leaves)
             parent = node.parent
-            if parent is None or not _idle(node) or node.last_used != last_used:
+            if parent is None or not _idle(node) or node.offer != offer:
                 continue  # gone, in use, or used since
             del parent.children[node.first]
             self._count(node, -1)
@@ -221,7 +238,7 @@ class RadixTree(Generic[P]):
             _check_links(node)
             nbytes, num_nodes, num_tokens = nbytes + node.nbytes, num_nodes + 1, num_tokens + node.end - node.start
             pinned, num_pinned = pinned + (node.nbytes if node.pins else 0), num_pinned + bool(node.pins)
-        missing = {n for n in self.nodes() if _idle(n)} - {n for at, _, n in self._leaves if at == n.last_used}
+        missing = {n for n in self.nodes() if _idle(n)} - {n for _, offer, n in self._leaves if offer == n.offer}
         if missing:
             raise RuntimeError(f"{len(missing)} leaves that nobody uses are not offered to eviction")
         counted = (self.nbytes, self.num_nodes, self.num_tokens, self.pinned_bytes, self.num_pinned)
@@ -250,17 +267,17 @@ class RadixTree(Generic[P]):
         return upper
 
     def _offer(self, node: Node[P]) -> None:
-        """Put a leaf that nobody uses where eviction finds it, by its last use.
+        """Put a leaf that nobody uses where eviction finds it, in the place that the policy gives it.
 
         The heap keeps entries that are out of date until they come up; it is made anew when they are the most of it.
         """
         if not _idle(node) or node is self.root:
             return
         self._num_offers += 1
-        heapq.heappush(self._leaves, (node.last_used, self._num_offers, node))
+        node.offer = self._num_offers
+        heapq.heappush(self._leaves, (self._policy(node), node.offer, node))
         if len(self._leaves) > 2 * self.num_nodes + 16:
-            idle = [n for n in self.nodes() if _idle(n)]
-            self._leaves = [(n.last_used, number, n) for number, n in enumerate(idle)]
+            self._leaves = [entry for entry in self._leaves if entry[1] == entry[2].offer and entry[2].parent]
             heapq.heapify(self._leaves)
 
     def _count(self, node: Node[P], sign: int) -> None:
