@@ -101,9 +101,9 @@ class Evicted(NamedTuple):
 Policy = Callable[[Node[Any]], float]
 """The order of eviction: of the leaves that nobody uses, the one for which it returns the least goes first.
 
-It is asked once each time a leaf comes to be unused: when its last pin is released, or its last child has gone. So it
-may read all of the node and of those above it, but not depend on what changes while the leaf lies there unused. Equal
-leaves go in the order in which they came to be unused.
+It is asked once each time a leaf comes to be unused (when its last pin is released, or its last child has gone) or is
+cut: what else changes while the leaf lies there unused has no effect. It must not change the tree. Equal leaves go in
+the order in which they came to be unused.
 """
 
 
@@ -264,6 +264,7 @@ class RadixTree(Generic[P]):
         upper.children[node.first] = node
         self._count(upper, +1)
         self._count(node, +1)
+        self._offer(node)  # smaller than it was
         return upper
 
     def _offer(self, node: Node[P]) -> None:
