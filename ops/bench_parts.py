@@ -243,25 +243,25 @@ def cached(size: Size, times: int) -> Figures:
 
 
 def latency(size: Size, runs: int) -> Figures:
-    """Time to the first token of one prompt, cold and cached, and per token after it; wall clock."""
+    """Time to the first token of one prompt, and per token after it, uncached and cached; wall clock."""
     engine = _engine(size)
-    cold, warm, each = [], [], []
+    spent: dict[str, dict[str, list[float]]] = {name: {"first": [], "each": []} for name in ("uncached", "cached")}
     for number in range(runs):
         rng = np.random.default_rng(number)
         tokens = rng.integers(0, 900, size.prefix + 32).astype(np.int32)
-        for first in (cold, warm):
+        for lists in spent.values():
             tokens[-32:] = rng.integers(0, 900, 32)
             sampling = Sampling(temperature=0.0, max_tokens=9)
             engine.add(f"{number}", Prompt(tokens.copy(), sampling, (size.prefix,)))
             event: Any = None
             while engine.busy:
                 event = next(iter(engine.step()), event)
-            first.append(event.prefill_ms)
-            each.append(event.decode_ms / 8)
-    figures = {name: float(np.median(x)) for name, x in [("cold", cold), ("cached", warm), ("per_token", each)]}
+            lists["first"].append(event.prefill_ms)
+            lists["each"].append(event.decode_ms / 8)
+    first, each = ({name: float(np.median(lists[what])) for name, lists in spent.items()} for what in ("first", "each"))
     return {
-        "size": f"{size.prefix}+32 tokens {size.layers} layers", "wall_ms": figures,
-        "times_sooner": figures["cold"] / figures["cached"],
+        "size": f"{size.prefix}+32 tokens {size.layers} layers", "first_token_ms": first, "per_token_ms": each,
+        "times_sooner": first["uncached"] / first["cached"],
     }  # fmt: skip
 
 

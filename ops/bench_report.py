@@ -179,9 +179,45 @@ def parts_text(parts: list[Figures]) -> str:
     """Return the parts, a line or a few each."""
     lines = ["\n== parts"] if parts else []
     for figures in parts:
-        facts = ", ".join(f"{name} {_plain(value)}" for name, value in figures.items() if name not in ("part", "size"))
-        lines.append(f"{figures['part']:<10} {figures['size']}\n{'':<10} {facts}")
+        sentences = _SENTENCES.get(figures["part"], _facts)(figures)
+        lines += [f"{figures['part']:<10} {figures['size']}", *(f"{'':<10} {sentence}" for sentence in sentences)]
     return "\n".join(lines)
+
+
+def _facts(figures: Figures) -> list[str]:
+    return [", ".join(f"{name} {_plain(value)}" for name, value in figures.items() if name not in ("part", "size"))]
+
+
+def _slice(figures: Figures) -> list[str]:
+    cpu, wall = figures["cpu_ms"], figures["wall_ms"]
+    return [
+        f"match and assembly of a cached prefix: {cpu['p50']:.2f} ms of CPU at p50, {cpu['p99']:.2f} at p99; "
+        f"by the clock {wall['p50']:.2f} and {wall['p99']:.2f} (goal: p99 under 1 ms)"
+    ]
+
+
+def _latency(figures: Figures) -> list[str]:
+    first, each = figures["first_token_ms"], figures["per_token_ms"]
+    return [
+        f"first token after {first['uncached']:,.0f} ms, with its prefix cached after {first['cached']:,.0f} ms: "
+        f"{figures['times_sooner']:.0f} times sooner",
+        f"each token after it: {each['uncached']:.1f} ms, cached {each['cached']:.1f} ms (this machine's wall clock)",
+    ]
+
+
+def _queue(figures: Figures) -> list[str]:
+    speed, cpu, spent = figures["jobs_per_s"], figures["cpu_ms"], figures["overhead_ms"]
+    return [
+        f"{speed['radixq']:.0f} jobs/s with an engine that does nothing (goal: 600), {cpu['radixq']:.2f} CPU ms each",
+        f"RQ's SimpleWorker beside it: {speed['rq_simple_worker']:.0f} jobs/s, {cpu['rq_simple_worker']:.2f} CPU ms; "
+        f"{figures['times_simple_worker']:.2f} times",
+        f"submit to readable result, less the engine: p10 {spent['p10']:.1f}, p50 {spent['p50']:.1f}, "
+        f"p99 {spent['p99']:.1f} ms (goal: p50 within 5)",
+    ]
+
+
+_SENTENCES = {"slice": _slice, "latency": _latency, "queue": _queue}
+"""How a part is told to a person; of the others every figure is named."""
 
 
 def _plain(value: Any) -> str:
