@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import datetime, timedelta
-from typing import Final, cast
+from datetime import timedelta
+from typing import Any, Final, cast
 
 from pydantic import ValidationError
 from redis import Redis
@@ -15,7 +15,7 @@ from rq.job import Job
 from rq.registry import CanceledJobRegistry
 from rq.results import Result as RqResult
 
-from common import keys, pictures, reason
+from common import keys, pictures, reason, record
 from common.errors import GenerationFailed, InvalidRequest
 from common.messages import Failure, Result, Status
 from common.serializer import JobSerializer, unpack
@@ -173,38 +173,24 @@ class Ticket:
         CanceledJobRegistry(job.origin, client).add(job, ttl=settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, settings.prompt_ttl_s)
         pipe.hdel(keys.SUSPECTS, self.id)
-        pictures.release(pipe, self.id, digests(job, settings.max_job_bytes), settings.prompt_ttl_s)
-        key = keys.result(self.id)
-        json, attempts, idempotency_key, sha = cast(
-            list[bytes | None], client.hmget(key, "json", "attempts", "idempotency_key", "request_sha")
-        )
-        cancelled = self._cancelled(json, int(attempts or 0), now)
-        pipe.hset(key, mapping=cancelled.to_hash())  # type: ignore[arg-type]  # redis wants an invariant dict
-        pipe.expire(key, settings.result_ttl_s)
-        if idempotency_key:
-            pipe.hset(key, mapping={"idempotency_key": idempotency_key, "request_sha": sha or ""})
-            pipe.expire(keys.idempotency(idempotency_key.decode(errors="replace")), settings.result_ttl_s)
-
-    def _cancelled(self, json: bytes | None, attempts: int, now: str) -> Result:
-        try:
-            before = Result.model_validate_json(json or b"")
-        except ValidationError:  # it runs, or its record is not ours
-            before = Result(id=self.id, status="queued", attempts=attempts)
-        started = before.timing.submitted_at
-        total_ms = (datetime.fromisoformat(now) - datetime.fromisoformat(started)) / _MS if started else None
-        timing = before.timing.model_copy(update={"finished_at": now, "total_ms": total_ms})
+        body = _body(job, settings.max_job_bytes)
         failure = Failure(code="cancelled", message="cancelled by the caller")
-        return before.model_copy(update={"status": "cancelled", "timing": timing, "error": failure})
+        cancelled = record.ended(record.read(client, self.id, body), "cancelled", failure, now)
+        record.write(pipe, cancelled, pictures.named(body), settings)
 
 
 def digests(job: Job, max_bytes: int) -> tuple[str, ...]:
     """Return the pictures that a job names, as far as it can be read."""
+    return pictures.named(_body(job, max_bytes))
+
+
+def _body(job: Job, max_bytes: int) -> Any:
     size = job.connection.hstrlen(job.key, "data")
     packed = cast("bytes | None", job.connection.hget(job.key, "data")) if size <= max_bytes else None
     try:
-        return pictures.named(JobSerializer.loads(unpack(packed or b"", max_bytes))[2][0])
+        return JobSerializer.loads(unpack(packed or b"", max_bytes))[2][0]
     except (ValueError, LookupError, TypeError, RecursionError):
-        return ()
+        return None
 
 
 def get(job_id: str, *, redis: str | Redis | None = None) -> Ticket:

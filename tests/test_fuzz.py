@@ -18,10 +18,10 @@ from rq.job import Job
 
 from common import keys
 from common.errors import InvalidRequest
+from common.history import History, labels
 from common.messages import GenerateJob, Result
 from common.serializer import JobSerializer, unpack
 from producer.request import parse
-from worker.history import History, labels
 from worker.job import DAMAGED, QueuedJob
 from worker.prepare import read_job
 from worker.reject import is_id, to_bytes, to_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import subprocess
 import sys
 import threading
@@ -242,6 +243,31 @@ def test_a_running_job_is_cancelled_through_rq(redis: Redis) -> None:
     assert ticket.cancel()
     assert redis.hget(f"rq:job:{ticket.id}", "status") == b"canceled"
     assert ticket.status() == "cancelled"
+
+
+def test_a_cancelled_record_keeps_what_was_known_of_the_job(redis: Redis) -> None:
+    ticket = submit("a", custom_id="row-7", metadata={"a": "b"}, idempotency_key="once", redis=redis)
+    rq_status(redis, ticket, "started")
+    earlier = [{"attempt": 1, "code": "worker_crashed", "message": "it died"}]
+    key = keys.result(ticket.id)
+    redis.hdel(key, "json")  # as a worker does when it starts the job
+    redis.hset(
+        key,
+        mapping={
+            "attempts": 2,
+            "worker": "mac",
+            "started_at": "2026-11-22T14:03:05.123Z",
+            "errors": json.dumps(earlier),
+        },
+    )
+    assert ticket.cancel()
+    result = Result.model_validate_json(redis.hget(key, "json") or b"")
+    assert (result.status, result.attempts, result.worker) == ("cancelled", 2, "mac")
+    assert (result.custom_id, result.metadata, result.idempotency_key) == ("row-7", {"a": "b"}, "once")
+    assert [one.code for one in result.errors] == ["worker_crashed"]
+    assert result.timing.started_at == "2026-11-22T14:03:05.123Z"
+    assert result.timing.total_ms is not None
+    assert 0 < redis.ttl(keys.idempotency("once")) <= 7 * 86_400
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled(redis: Redis) -> None:

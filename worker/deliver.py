@@ -15,15 +15,15 @@ from rq.job import Job, JobStatus
 from rq.utils import now
 from rq.worker import BaseWorker
 
-from common import keys, pictures
+from common import keys, pictures, record
 from common.errors import Cancelled, Expired, InternalError, InvalidRequest, RadixqError, WorkerCrashed
+from common.history import FIELDS as KEPT
+from common.history import History, labels
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
-from worker import books, record
+from worker import books
 from worker.callbacks import Callbacks
 from worker.flight import Clock, Flight, enqueued_at, iso
-from worker.history import FIELDS as KEPT
-from worker.history import History, labels
 from worker.job import QueuedJob
 from worker.leases import fence
 from worker.sequence import Finished

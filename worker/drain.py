@@ -17,10 +17,10 @@ from rq.job import JobStatus
 from rq.queue import Queue
 from rq.worker import BaseWorker, WorkerStatus
 
-from common import keys
+from common import history, keys
 from common.errors import Expired
 from common.log import logger
-from worker import history, reject
+from worker import reject
 from worker.flight import Clock, Flight, enqueued_at, iso
 from worker.job import DAMAGED, EXPIRED, QueuedJob, answer, ask
 from worker.leases import LEASE_S, fence, watch

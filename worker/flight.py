@@ -15,8 +15,8 @@ from rq.job import Job
 from rq.queue import Queue
 
 from common.errors import RadixqError
+from common.history import History
 from common.messages import Result
-from worker.history import History
 from worker.job import QueuedJob
 from worker.suspects import Suspicion
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import os
 import re
 from pathlib import Path
-from typing import IO
 
 from common.errors import SettingsError
-
-_held: list[IO[str]] = []  # closing a file would free its label
 
 
 def claim(wanted: str, home: Path) -> str:
@@ -34,12 +32,11 @@ def claim(wanted: str, home: Path) -> str:
 def _claim(wanted: str, directory: Path) -> str:
     for number in itertools.count(1):
         label = wanted if number == 1 else f"{wanted}-{number}"
-        lock = (directory / re.sub(r"[^A-Za-z0-9_.-]", "-", label)).open("a")
+        lock = os.open(directory / re.sub(r"[^A-Za-z0-9_.-]", "-", label), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.close()
+            os.close(lock)
             continue
-        _held.append(lock)
-        return label
+        return label  # the lock stays open as long as the process
     raise AssertionError("unreachable")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, cast
 
-from pydantic import ValidationError
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import ResponseError, WatchError
@@ -18,14 +17,12 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.registry import CanceledJobRegistry
 
-from common import keys, pictures
+from common import keys, pictures, record
 from common.errors import Cancelled
 from common.log import logger
-from common.messages import Failure, Result
+from common.messages import Failure
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker import record
-from worker.history import labels
 from worker.job import QueuedJob
 from worker.reject import is_id, to_text
 
@@ -140,14 +137,9 @@ class Orphans:
         job.cancel(pipeline=pipe)
         CanceledJobRegistry(job.origin, self._connection).add(job, ttl=self._settings.prompt_ttl_s, pipeline=pipe)
         pipe.expire(job.key, self._settings.prompt_ttl_s)
-        key, body = keys.result(job.id), job.body(self._settings.max_job_bytes)
-        try:
-            before = Result.model_validate_json(self._connection.hget(key, "json") or b"")
-        except (ValidationError, ResponseError):  # not submitted through us
-            before = Result(id=job.id, status="queued", attempts=0, **labels(body))
+        body = job.body(self._settings.max_job_bytes)
         failure = Failure(code=Cancelled.code, message=f"never started: {why}")
-        timing = before.timing.model_copy(update={"finished_at": now})
-        result = before.model_copy(update={"id": job.id, "status": "cancelled", "error": failure, "timing": timing})
+        result = record.ended(record.read(self._connection, job.id, body), "cancelled", failure, now)
         record.write(pipe, result, pictures.named(body), self._settings)
 
 

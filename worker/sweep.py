@@ -15,15 +15,12 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq.results import Result as RqResult
 
-from common import keys, pictures, reason, reopen
+from common import keys, pictures, reason, record, reopen
 from common.log import logger
-from common.messages import Failure, Result, Status, Timing
+from common.messages import Failure, Status
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker import record
 from worker.flight import Clock, iso
-from worker.history import FIELDS as KEPT
-from worker.history import History
 from worker.job import QueuedJob
 
 SLICE: Final = 1_000
@@ -112,19 +109,8 @@ class Sweep:
         return "failed", failure.code, failure.message
 
     def _append(self, pipe: Pipeline, job_id: str, status: Status, code: str, message: str) -> None:
-        known = ("attempts", "submitted_at", "custom_id", "batch_id", *KEPT)
-        values = cast("list[bytes | None]", self._connection.hmget(keys.result(job_id), *known))
-        attempts, submitted_at, custom_id, batch_id = (value.decode() if value else None for value in values[:4])
-        result = Result(
-            id=job_id,
-            status=status,
-            attempts=int(attempts or 0),
-            custom_id=custom_id,
-            batch_id=batch_id,
-            error=Failure(code=code, message=message),
-            timing=Timing(submitted_at=submitted_at, finished_at=iso(self._clock.now())),
-            **History.read(values[4:]).fields(),
-        )
+        before = record.read(self._connection, job_id)
+        result = record.ended(before, status, Failure(code=code, message=message), iso(self._clock.now()))
         record.write(pipe, result, (), self._settings)  # its pictures: see common.pictures.sweep
         pipe.expire(Job.key_for(job_id), self._settings.prompt_ttl_s)
         pipe.hdel(keys.SUSPECTS, job_id)
