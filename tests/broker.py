@@ -20,6 +20,7 @@ from tests.processes import Process, wait_until
 
 ENDLESS = 90_000
 SHORT = 6
+ROWS = {"RADIXQ_MAX_ROWS": "4", "RADIXQ_WORKER_NAME": "mac"}
 Fields = dict[str, str]
 
 

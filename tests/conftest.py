@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import pytest
 from redis import Redis
 
-from tests.processes import Processes
+from tests.processes import Process, Processes
 from worker import platform, server
 
 if TYPE_CHECKING:
     from tests.broker import Broker
+    from tests.desk import Desk
 
 _STOCK_BLAS = os.environ.get("RADIXQ_FAST_BLAS") == "0"
 _BLAS = platform.prepare(fast_blas=not _STOCK_BLAS)  # before anything imports MLX
@@ -130,3 +131,27 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     """Start processes that end with the test; their logs are shown when it fails."""
     with Processes(tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def start(processes: Processes, broker: Broker, endless: Path) -> Callable[..., Process]:
+    """Start workers named mac, of four rows, for that database; the test fails when one does."""
+    from tests.broker import ROWS
+
+    def start(*arguments: str, **env: str) -> Process:
+        worker = processes.rq_worker(broker.url, *(arguments or ("radixq",)), model=endless, env=ROWS | env)
+        broker.workers.append(worker)
+        return worker
+
+    return start
+
+
+@pytest.fixture
+def desk(redis_url: str) -> Iterator[Desk]:
+    """Make a worker without an engine, for that database."""
+    from tests.desk import CALLS, Desk
+
+    CALLS.clear()
+    desk = Desk(redis_url)
+    yield desk
+    desk.close()

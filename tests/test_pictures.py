@@ -25,9 +25,9 @@ from common.errors import GenerationFailed, ImageTooLarge, ImageUnreadable, Inte
 from common.serializer import JobSerializer
 from producer import Ticket, get, submit, submit_many
 from producer.album import Picture, store
+from tests.desk import PROMPT_TTL_S, Desk
 from tests.models import save_tiny
 from tests.processes import Processes
-from tests.test_deliver import PROMPT_TTL_S, Desk
 from worker.pictures import SLICE_BYTES, decode, fetch, sizes
 
 ROOT = Path(__file__).resolve().parent.parent
