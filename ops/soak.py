@@ -1,9 +1,9 @@
-"""Soak the cache: `./ops/soak [--operations N] [--jobs N] [--seed S]`. The same seed gives the same operations.
+"""Soak the cache: `./ops/soak [--operations N] [--jobs N] [--picture-jobs N] [--seed S]`, of a seed always the same.
 
 First the tree alone against a plain set of prefixes: after every operation its bytes, tokens, nodes, pins, pinned bytes
 and the order of eviction, every thousand operations its content and links. Then tree and engine with a tiny random
 model, jobs without end on a small budget: answers are those of the job alone, everything adds up, and what MLX's
-allocator holds does not grow.
+allocator holds does not grow. Where mlx-vlm is installed, jobs with pictures through a real worker: see soak_pictures.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 
 from tests.engines import Bench, alone, bench, prompt
 from tests.models import tiny
+from worker import processor
 from worker.radix import Node, RadixTree
 from worker.sequence import Finished
 
@@ -179,16 +180,26 @@ def _held_beside(run: Bench) -> int:
     return mx.get_active_memory() - run.engine.stats().cache_bytes
 
 
+def _soak_pictures(jobs: int, seed: int) -> str:
+    if not processor.installed():
+        return "left out, mlx-vlm is not installed"
+    from ops.soak_pictures import soak
+
+    return f"{jobs} jobs, {soak(jobs, seed)}"
+
+
 def main() -> None:
-    """Run both and print a line for each."""
+    """Run all and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--jobs", type=int, default=5_000)
+    parser.add_argument("--picture-jobs", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
     for name, work in (
         ("tree", lambda: soak_tree(wanted.operations, wanted.seed)),
         ("engine", lambda: soak_engine(wanted.jobs, wanted.seed)),
+        ("pictures", lambda: _soak_pictures(wanted.picture_jobs, wanted.seed)),
     ):
         began = time.monotonic()
         print(f"{name}: {work()} ({time.monotonic() - began:.0f} s)", flush=True)

@@ -1,7 +1,8 @@
 """Soak the pictures: questions about a few of them in random order, through a real server and a real `rq worker`.
 
 Every job must have one result, the texts of a sample be those of mlx-vlm for the job alone, and each picture go through
-the tower once; what the worker, its reader, MLX and Redis hold is sampled on the way. Called by `soak.py`.
+the tower once, and what MLX holds must not grow; what the worker, its reader and Redis hold is sampled on the way. What
+grows there: MLX's pool of freed buffers, up to 1 GiB, and the records of ended jobs. Called by `soak.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Job:
 
 @dataclass(slots=True)
 class Soaked:
-    """What came out: figures are None where they could not be read.
+    """What came out.
 
     Attributes:
         distinct_tokens: of all prompts, each prefix counted once: the least that must be computed.
@@ -109,6 +110,9 @@ def _run(redis: Redis, url: str, worker: Process, images: list[Image.Image], job
     out.distinct_tokens = _distinct(model, images, jobs)
     _compare(model, images, jobs, texts)
     _see_that_pictures_expire(redis, len(images))
+    grown = max(out.held["MLX"][PARTS // 2 :]) - max(out.held["MLX"][: PARTS // 2])
+    if out.evicted_nodes and grown > 1_000_000:
+        raise RuntimeError(f"MLX holds {grown} bytes more in the second half: {out.held['MLX']}")
     return out
 
 
