@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,15 +22,18 @@ from common.errors import ModelNotLoaded, RadixqError, Unsupported
 from common.pictures import digest as digest_of
 from tests.engines import alone as text_alone
 from tests.engines import bench as text_bench
-from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, same, saved
+from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, reference, same, saved
 from tests.vision_models import FAMILIES, digest, picture, png, save_tiny_vision
 from worker import model, platform, processor
-from worker.cache import _cut
+from worker.cache import Limits, _cut
+from worker.engine import Engine
 from worker.prepare import prepare
+from worker.probe import reuse
 from worker.processor import keys
 from worker.radix import Match
 from worker.recent import Recent
-from worker.sequence import Failed, Prompt
+from worker.sequence import Failed, Finished, Prompt
+from worker.vision import Sight, VisionModel
 
 CAT, DOG, TALL, LARGE, STRIP = (picture(*size, seed) for seed, size in enumerate(
     [(20, 30), (33, 17), (16, 90), (64, 64), (40, 20)]
@@ -242,6 +246,24 @@ def test_a_family_whose_pictures_are_more_than_embeddings_serves_text_and_says_w
     assert failed(engine, "picture").code == "unsupported"
 
 
+def test_a_model_that_keeps_more_than_plain_kv_serves_text_and_says_why() -> None:
+    path = str(saved("gemma3"))
+    loaded, reader = model.load(path, device=platform.device()), model.load_tokenizer(path)
+    assert loaded.processor is None
+    assert loaded.notes == (f"no pictures: {loaded.blind}",)
+    assert "RotatingKVCache" in loaded.blind
+    asked = prepare(ask(CAT, "what is this?"), reader, SETTINGS, {digest(CAT): png(CAT)}.get)
+    engine = Engine(loaded, Limits(4, 32, 1 << 28), exact=False, reuse=reuse(loaded.model, loaded.context_length))
+    engine.add("picture", asked.showing({digest(CAT): png(CAT)}))
+    engine.add("text", prepare(ask("Hello"), reader, SETTINGS))
+    ended = {event.id: event for _ in range(60) for event in engine.step() if isinstance(event, Finished | Failed)}
+    assert isinstance(ended["text"], Finished)
+    refusal = ended["picture"]
+    assert isinstance(refusal, Failed)
+    assert isinstance(refusal.error, Unsupported)
+    assert str(refusal.error) == f"gemma3 takes no pictures here: {loaded.blind}"
+
+
 @pytest.mark.parametrize("way", ["model_file", "auto_map"])
 def test_no_code_of_a_model_directory_is_run(tmp_path: Path, way: str) -> None:
     directory = save_tiny_vision(tmp_path / "trap")
@@ -325,3 +347,35 @@ def test_a_shorter_match_lies_on_the_same_way() -> None:
         cut: Match[Any] = _cut(found, length)
         assert cut.length == length
         assert cut.node.start < length <= cut.node.end
+
+
+# -- half precision ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tie"), [("float16", 0.02), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_half_precision_answers_part_from_mlx_vlms_only_where_two_tokens_are_about_as_likely(
+    family: str, dtype: str, tie: float
+) -> None:
+    engine = bench(family, dtype=dtype, max_rows=8)
+    assert engine.loaded.dtype == dtype
+    got = engine.run({name: engine.prompt(*parts) for name, parts in JOBS.items()})
+    for name, parts in JOBS.items():
+        theirs, logprobs = engine.alone(*parts)
+        assert all(np.isfinite(row).all() for row in logprobs)
+        assert same(got[name], theirs, logprobs, tie), f"{name}: {got[name]} for {theirs}"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_half_precision_pictures_become_what_mlx_vlm_makes_of_them(family: str, dtype: str) -> None:
+    engine = bench(family, dtype=dtype)
+    (shown,) = engine.prompt("see", TALL, "what?").pictures
+    assert isinstance(engine.loaded.model, VisionModel)
+    assert engine.loaded.processor is not None
+    sight = Sight(engine.loaded.model, engine.loaded.processor, 0)
+    ours = sight._feature(shown)
+    inner, _ = reference(engine.path, dtype)
+    theirs = inner.get_input_embeddings(mx.array(shown.ids)[None], **sight.pixels(shown)).inputs_embeds[0]
+    assert mx.isfinite(ours).all().item()
+    assert mx.array_equal(ours, theirs).item()

@@ -117,7 +117,7 @@ class Bench:
         tokens, logprobs = [], []
         for token, row in generate_step(*given, max_tokens=max_tokens, temperature=0.0, **made):
             tokens.append(int(token))
-            logprobs.append(np.array(row).reshape(-1))
+            logprobs.append(np.array(row.astype(mx.float32)).reshape(-1))
             if tokens[-1] in self.loaded.eos_token_ids:
                 break
         return tokens, logprobs
@@ -136,11 +136,11 @@ def bench_at(path: Path, *, dtype: str | None = None, max_rows: int = 6, chunk_t
     return Bench(path, loaded, reader, Engine(loaded, limits, exact=exact))
 
 
-def same(ours: Sequence[int], theirs: Sequence[int], logprobs: Sequence[Any]) -> bool:
-    """Whether answers are equal, or part first at a tie of rounding."""
+def same(ours: Sequence[int], theirs: Sequence[int], logprobs: Sequence[Any], tie: float = 1e-4) -> bool:
+    """Whether answers are equal, or part first where theirs is hardly the likelier token."""
     for step, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if a != b:
-            return float(logprobs[step][b] - logprobs[step][a]) <= 1e-4
+            return float(logprobs[step][b] - logprobs[step][a]) <= tie
     return len(ours) == len(theirs)
 
 

@@ -20,6 +20,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "smolvlm", "idefics3")
 _QWEN_WORDS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4))
 _SMOL_WORDS = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *_TILES)
+_GEMMA_WORDS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 _FIRST = 300  # the number of the first word that a family adds to the tiny tokenizer's
 _PART = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -106,6 +107,21 @@ def _smol(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     return config, processor, _PART.replace("MARK", "<image>")
 
 
+def _gemma(family: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    text = _TEXT | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 64, "mm_tokens_per_image": 4}
+    vocab = {"vocab_size": _FIRST + len(_GEMMA_WORDS)}
+    config = vocab | {
+        "text_config": text | vocab | {"num_hidden_layers": 7, "query_pre_attn_scalar": 16},
+        "vision_config": {
+            "model_type": "siglip_vision_model", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
+            "num_attention_heads": 4, "patch_size": 8, "image_size": 32,
+        },
+        "image_token_index": _FIRST + 1, "mm_tokens_per_image": 4, "hidden_size": 64, "eos_token_id": 298,
+    }  # fmt: skip
+    processor = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}}
+    return config, processor, _PART.replace("MARK", _GEMMA_WORDS[0])
+
+
 def save_tiny_vision(
     directory: Path,
     family: str = "qwen2_vl",
@@ -120,7 +136,7 @@ def save_tiny_vision(
     from mlx_vlm.utils import get_model_and_args, update_module_configs
 
     directory.mkdir(parents=True, exist_ok=True)
-    make = _qwen3 if family == "qwen3_vl" else _qwen if family.startswith("qwen") else _smol
+    make, words = next(made for begin, made in _MAKERS.items() if family.startswith(begin))
     config, processor, own = make(family)
     config |= {"model_type": family, **text, "vision_config": {**config["vision_config"], **tower}}
     if tower:
@@ -129,10 +145,14 @@ def save_tiny_vision(
         config["rope_scaling"] = {"type": "mrope", "mrope_section": [2 * part, part, part]}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "preprocessor_config.json").write_text(json.dumps(processor))
-    (directory / "processor_config.json").write_text(json.dumps({"image_seq_len": 4}))
-    tokenizer = tiny_tokenizer(_QWEN_WORDS if family.startswith("qwen") else _SMOL_WORDS)
+    (directory / "processor_config.json").write_text(json.dumps({"image_seq_len": 4, "image_seq_length": 4}))
+    tokenizer = tiny_tokenizer(words)
     tokenizer._tokenizer.chat_template = own
     tokenizer.save_pretrained(directory)
+    if family == "gemma3":  # its processor asks the tokenizer for its words by name
+        file = directory / "tokenizer_config.json"
+        named = dict(zip(("boi_token", "image_token", "eoi_token"), words, strict=True))
+        file.write_text(json.dumps(json.loads(file.read_text()) | named | {"extra_special_tokens": named}))
     classes, _ = get_model_and_args(config)
     config.setdefault("text_config", {})
     described = classes.ModelConfig.from_dict(config)
@@ -140,6 +160,15 @@ def save_tiny_vision(
     weights = random_weights(classes.Model(described), seed=0)
     mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "mlx"})
     return directory
+
+
+_MAKERS = {
+    "qwen3": (_qwen3, _QWEN_WORDS),
+    "qwen": (_qwen, _QWEN_WORDS),
+    "smolvlm": (_smol, _SMOL_WORDS),
+    "idefics3": (_smol, _SMOL_WORDS),
+    "gemma3": (_gemma, _GEMMA_WORDS),
+}
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

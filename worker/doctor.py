@@ -221,13 +221,8 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
     caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
     fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
     yield Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
-    refused = next(
-        (note for note in loaded.notes if note.startswith("no pictures: ")), "no pictures: it reads text only"
-    )
-    if loaded.processor is not None and way != "shared":
-        refused = "no pictures: they need prefixes that are read in place"
     sees = loaded.processor is not None and way == "shared"
-    yield Check("pictures", True, "taken" if sees else refused.replace("no pictures", "none"))
+    yield Check("pictures", True, "taken" if sees else f"none: {loaded.blind}")
     if way == "shared":
         key = crossover.device_key(device, platform.prepare(fast_blas=settings.fast_blas))
         measured = crossover.at_load(loaded.model, settings.home, key).words

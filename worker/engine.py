@@ -301,7 +301,7 @@ class Engine:
         if not any(row.prompt.pictures for row in rows):
             return {}
         if self._sight is None:
-            raise Unsupported(f"{self._loaded.name} runs without its pictures here; the worker's log says why")
+            raise Unsupported(f"{self._loaded.name} takes no pictures here: {self._loaded.blind}")
         for row in rows:
             if row.prompt.pictures and row.view is None:
                 row.view = self._sight.view(row.prompt)

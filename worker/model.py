@@ -41,6 +41,8 @@ _MAX_REASON = 300  # characters of a library's message: one that lists all weigh
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
 M = TypeVar("M", bound=Module)
 _TEXT_ONLY = "it reads text only"
+NO_PICTURES = "no pictures: "
+"""What begins the note that says why a vision model takes none."""
 
 log = logger("worker.model")
 
@@ -81,6 +83,12 @@ class LoadedModel:
     notes: tuple[str, ...]  # what a person should know about how it was loaded
     processor: Processor | None = field(default=None, repr=False)  # if it takes pictures, and `model` a VisionModel
 
+    @property
+    def blind(self) -> str:
+        """Why it takes no pictures, where that is so."""
+        said = (note.removeprefix(NO_PICTURES) for note in self.notes if note.startswith(NO_PICTURES))
+        return next(said, _TEXT_ONLY if self.processor is None else "they need prefixes that are read in place")
+
 
 def load(
     path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, max_image_pixels: int = processor.MAX_PIXELS
@@ -99,7 +107,7 @@ def load(
         model, more = _evaluated(*_read_model(path), dtype, device)
         notes += more
     if read.processor is None and _has_tower(path):
-        notes += (f"no pictures: {read.blind}",)
+        notes += (f"{NO_PICTURES}{read.blind}",)
     return LoadedModel(
         model=model,
         processor=read.processor if seeing else None,
@@ -136,9 +144,11 @@ def _with_pictures(
     try:
         model, notes = _evaluated(vision.load(path), None, dtype, device)
         vision.try_out(model, read.processor)
-    except (RadixqError, *_LIBRARY_ERRORS) as error:
+    except RadixqError as error:
+        return None, (f"{NO_PICTURES}{_brief(error)}",)
+    except _LIBRARY_ERRORS as error:
         log.exception("this model cannot take pictures here")
-        return None, (f"no pictures: {_brief(error)}",)
+        return None, (f"{NO_PICTURES}{_brief(error)}",)
     return model, notes
 
 

@@ -77,11 +77,11 @@ class Processor:
 
     def __init__(self, processor: Any, name: str, max_pixels: int) -> None:
         self._processor, self._name, self._max_pixels = processor, name, max_pixels
-        self._text = str(getattr(processor, "image_token", None) or getattr(processor, "boi_token", ""))
         tokenizer = processor.tokenizer
-        self.placeholder = int(tokenizer.convert_tokens_to_ids(self._text)) if self._text else -1
         template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         self.chat_template = template if isinstance(template, str) else None
+        self._text = _mark(processor, self.chat_template or "")
+        self.placeholder = int(tokenizer.convert_tokens_to_ids(self._text)) if self._text else -1
         self.ends = frozenset(int(token) for token in getattr(processor, "additional_eos_token_ids", ()))
         self._layouts: Recent[Layout] = Recent(_LAYOUT_BYTES)
 
@@ -119,6 +119,12 @@ class Processor:
             ) from error
         made.pop("attention_mask", None)
         return Pixels(ids, made)
+
+
+def _mark(processor: Any, template: str) -> str:
+    """Return the word that stands for a picture before the processor has seen it: the one that the template writes."""
+    words = [word for name in ("image_token", "boi_token") if (word := str(getattr(processor, name, None) or ""))]
+    return next((word for word in words if word in template), words[0] if words else "")
 
 
 def place(tokens: Tokens, digests: Iterable[str], layouts: Iterable[Layout], placeholder: int) -> Any:

@@ -156,7 +156,7 @@ class Runner:
         blind = loaded.processor is not None and way != "shared"
         notes = (
             *loaded.notes,
-            *(("no pictures: they need prefixes that are read in place",) if blind else ()),
+            *((f"{model.NO_PICTURES}{loaded.blind}",) if blind else ()),
             f"prefixes are {WAYS[way]}",
             f"{device.name}, mlx {device.mlx_version}, {loaded.dtype}",
             f"BLAS: {blas.name}",

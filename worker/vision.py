@@ -214,8 +214,12 @@ def try_out(model: VisionModel, processor: Processor) -> None:
     """Run a small picture between words, in pieces and as mlx-vlm does.
 
     Raises:
-        Unsupported: the model takes more of a picture than embeddings and positions, or the results differ.
+        Unsupported: the model takes more of a picture than embeddings and positions, keeps more than plain KV, or the
+            results differ.
     """
+    kinds = sorted({type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__})
+    if kinds:
+        raise Unsupported(f"it keeps {', '.join(kinds)} of a prompt, and pictures are taken where all is plain KVCache")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     digest, file = pictures.digest(*image.size, image.tobytes()), io.BytesIO()
     image.save(file, "PNG")
