@@ -80,7 +80,7 @@ def show_pictures(model: str | None) -> int:
         with started(named) as running:
             status = show(running, picture_groups(), "a picture")
             runs = running.redis.hget(keys.metrics(_worker_label(running.redis)), "vision_runs")
-            print(f"\nthe vision tower ran {runs} times (vision_runs)")
+            print(f"\nthe vision tower ran {runs} times for {len(picture_groups())} pictures (vision_runs)")
             return status
 
 

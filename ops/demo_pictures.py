@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from worker import platform
+
 
 @dataclass(frozen=True, slots=True)
 class PictureGroup:
@@ -47,9 +49,21 @@ def groups() -> tuple[PictureGroup, ...]:
 
 def write_tiny_model(directory: Path) -> str:
     """Write a random Qwen2-VL, a few hundred kilobytes: it sees pictures, and its words mean nothing."""
+    platform.prepare()  # before anything imports MLX
+    import mlx.core as mx
+
+    from tests.models import tiny_tokenizer
     from tests.vision_models import save_tiny_vision
 
-    return str(save_tiny_vision(directory / "tiny-random-qwen2-vl"))
+    path = save_tiny_vision(directory / "tiny-random-qwen2-vl")
+    file, head = str(path / "model.safetensors"), "language_model.lm_head.weight"
+    weights: Any = mx.load(file)
+    words = tiny_tokenizer().convert_ids_to_tokens(list(range(weights[head].shape[0])))
+    shown = mx.array([bool(word) and word.isascii() and word.isprintable() for word in words])
+    weights[head] = mx.where(shown[:, None], weights[head], 0)  # or a terminal would show bytes that are no text
+    mx.eval(weights)
+    mx.save_safetensors(file, weights, {"format": "mlx"})
+    return str(path)
 
 
 def _chart() -> Image.Image:

@@ -179,7 +179,7 @@ def _opener(data: bytes) -> tuple[str, Callable[[io.BytesIO], ImageFile.ImageFil
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC:
         return "HEIC", _heic()
     raise ImageUnreadable(
-        "the file is empty" if not data else "not a picture of a known kind; known are PNG, JPEG, WebP, GIF and HEIC"
+        "not a picture of a known kind; send a PNG, JPEG, WebP, GIF or HEIC" if data else "the file is empty"
     )
 
 

@@ -249,7 +249,7 @@ def test_a_png_whose_data_break_off_is_refused_even_with_a_proper_end() -> None:
 UNREADABLE: list[tuple[Callable[[Path], object], str]] = [
     (lambda _: b"", "the file is empty"),
     (lambda _: "data:image/png;base64,", "the file is empty"),
-    (lambda _: b"hello, I am a text", "not a picture of a known kind; known are PNG"),
+    (lambda _: b"hello, I am a text", "not a picture of a known kind; send a PNG"),
     (lambda _: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture of a known kind"),
     (lambda _: b"II*\0" + bytes(100), "not a picture of a known kind"),
     (lambda _: file(scene())[:60], "PNG.* is damaged"),
