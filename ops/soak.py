@@ -1,9 +1,9 @@
-"""Soak the cache: `./ops/soak [--operations N] [--jobs N] [--picture-jobs N] [--seed S]`, of a seed always the same.
+"""Soak the cache: `./ops/soak [--operations N] [--jobs N] [--picture-jobs N] [--seed S]`.
 
 First the tree alone against a plain set of prefixes: after every operation its bytes, tokens, nodes, pins, pinned bytes
 and the order of eviction, every thousand operations its content and links. Then tree and engine with a tiny random
 model, jobs without end on a small budget: answers are those of the job alone, everything adds up, and what MLX's
-allocator holds does not grow. Where mlx-vlm is installed, jobs with pictures through a real worker: see soak_pictures.py.
+allocator holds does not grow. Where mlx-vlm is installed, pictures through a real worker: see soak_pictures.py.
 """
 
 from __future__ import annotations
