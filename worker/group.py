@@ -153,8 +153,10 @@ class Plan:
 
     def _branches(self, home: _Queue, depths: list[int]) -> tuple[int, ...]:
         """Return the depths, and those of other queues' jobs, in tokens; all but the last token can be shared."""
-        others = [depth for queue in self._queues if queue is not home for depth in queue.departures(self._last)]
-        ends = sorted({*depths, *others}) if others else depths
+        ends = depths
+        if len(home) < len(self._home):
+            others = (depth for queue in self._queues if queue is not home for depth in queue.departures(self._last))
+            ends = sorted({*depths, *others})
         last = len(self._last) - WIDTH
         if ends and ends[-1] > last:
             ends = [*ends[:-1], last] if ends[-2:-1] != [last] else ends[:-1]
@@ -175,6 +177,10 @@ class _Queue:
         self._arrivals: deque[Job] = deque()  # oldest first; those that left go when they reach the head
         self._max_passed = max_passed
         self._num_passing = 0  # jobs that were offered before the oldest arrival here and came after it
+
+    def __len__(self) -> int:
+        """Number of jobs known, offered or not."""
+        return len(self._jobs)
 
     @property
     def open(self) -> int:

@@ -7,10 +7,10 @@ depths and lengths here: bytes, always whole tokens.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 
@@ -101,12 +101,8 @@ class Job:
     gone: bool = False
 
 
-class _Step(NamedTuple):
-    """A node on the way down to where jobs are being inserted; how many there were, and how fresh, on entering it."""
-
-    node: Node
-    num: int
-    fresh: int
+_Step = tuple[Node, int, int]
+"""A node on the way down to where jobs are being inserted; how many jobs, and how much `fresh`, there was before it."""
 
 
 @dataclass(slots=True)
@@ -131,15 +127,14 @@ class Trie:
 
         In the order of their keys: so every node on their ways is passed once, however many of them go through it.
         """
-        before, way, num, fresh = b"", [_Step(self.root, 0, 0)], 0, 0
+        before, way, num, fresh = memoryview(b""), [(self.root, 0, 0)], 0, 0
         for job in sorted(jobs, key=attrgetter("key")):  # stable: among equal prompts the oldest stays first
-            agreed = shared(job.key, 0, before)
-            while way[-1].node.end > agreed:
+            for _ in range(bisect_left(way, True, key=_departed(job.key, before)), len(way)):
                 fresh = _leave(way, num, fresh)
             job.node = self._descend(way, job, num, fresh)
             job.node.waiting[job.id] = None
             num += 1
-            before, job.key = job.key, b""
+            before, job.key = memoryview(job.key), b""
         while way:
             fresh = _leave(way, num, fresh)
 
@@ -202,7 +197,7 @@ class Trie:
 
     def _descend(self, way: list[_Step], job: Job, num: int, fresh: int) -> Node:
         """Lengthen the way to where the key of `job` ends, making nodes if need be; return its last one."""
-        node, key = way[-1].node, job.key
+        node, key = way[-1][0], job.key
         while node.end < len(key):
             child = node.child(key)
             if child is None:
@@ -212,7 +207,7 @@ class Trie:
             elif not key.startswith(child.segment, node.end):
                 child = _split(child, shared(key, node.end, child.segment))
             node = child
-            way.append(_Step(node, num, fresh))
+            way.append((node, num, fresh))
         return node
 
     def _tidy(self, node: Node) -> None:
@@ -248,6 +243,11 @@ def shared(key: bytes, depth: int, segment: bytes) -> int:
     return (first if num and differ[first] else num) * WIDTH
 
 
+def _departed(key: bytes, before: memoryview) -> Callable[[_Step], bool]:
+    """Return a function that says whether `key` has left the way of `before` when it comes to the node of a step."""
+    return lambda step: not key.startswith(before[: step[0].end])
+
+
 def _leave(way: list[_Step], num: int, fresh: int) -> int:
     """Climb out of the last node of the way and count there what was inserted since; return `fresh`, with its own."""
     node, num_before, fresh_before = way.pop()
@@ -257,7 +257,7 @@ def _leave(way: list[_Step], num: int, fresh: int) -> int:
     node.open += num - num_before
     node.fresh += fresh - fresh_before
     if way:
-        way[-1].node.rank(node)
+        way[-1][0].rank(node)
     return fresh
 
 
