@@ -42,6 +42,11 @@ class Suspicion:
         except (TypeError, ValueError):
             return None
 
+    @property
+    def at_once(self) -> bool:
+        """Whether a process died of the job, or around it alone, before its first token."""
+        return self.lone > 0 and self.tokens == 0
+
     def __str__(self) -> str:
         return f"{self.limit} {self.lone} {self.tokens}"
 

@@ -115,6 +115,7 @@ class Window:
         self.queue_keys = [Queue(name, connection=client).key for name in queues]
         self._plan = Plan(1 + len(queues), seed=zlib.crc32((label or "").encode()))  # suspects go first
         self._suspects: dict[str, int] = {}  # and how many may run at once with each
+        self._feared: set[str] = set()  # prepared last: of these the scout, or an engine at once, has died
         self._neighbourhood = Neighbourhood(client, label, loaded.name) if label else None
         self._home: dict[str, int] = {}
         self._unread: deque[tuple[str, int]] = deque()
@@ -173,7 +174,8 @@ class Window:
         present = self._present(listed)
         self._ends, self._stale = ends, False
         self._forget([job_id for job_id in self._home if job_id not in present and job_id not in self._offered])
-        self._unread = deque((job_id, queue) for job_id, queue in present.items() if job_id not in self._home)
+        unread = [(job_id, queue) for job_id, queue in present.items() if job_id not in self._home]
+        self._unread = deque(sorted(unread, key=lambda one: one[0] in self._feared) if self._feared else unread)
         now = time.monotonic()
         self.earliest = now + _LOOK_SHARE * (now - started) if len(present) > _FEW else now
 
@@ -195,10 +197,13 @@ class Window:
                 self._raw_bytes += len(data)
 
     def prepare(self, for_s: float) -> None:
-        """Plan or refuse fetched jobs until the time is over; at least one."""
-        until = time.monotonic() + for_s
+        """Plan or refuse fetched jobs until the time is over; at least one. What is feared comes first in a call."""
+        until, begun = time.monotonic() + for_s, False
         while self._raw:
             job_id, data = self._raw[0]
+            if begun and job_id in self._feared:
+                return  # let what is planned be offered before this ends the process
+            begun = True
             if job_id in self._home and job_id not in self._plan:
                 self._note(f"{self._home[job_id]} {job_id}")
                 try:
@@ -262,6 +267,7 @@ class Window:
         *listed, suspects = listed
         known = {job_id.decode(): Suspicion.parse(text) for job_id, text in suspects.items()}
         self._suspects = {job_id: suspicion.limit for job_id, suspicion in known.items() if suspicion}
+        self._feared = {job_id for job_id, suspicion in known.items() if suspicion and suspicion.at_once}
         present: dict[str, int] = {}
         for queue, ids in enumerate(listed):
             for raw_id in ids[: most - len(present)]:
