@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import ipaddress
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,15 +84,26 @@ class _Server(http.server.ThreadingHTTPServer):
         """Say nothing: that the other side goes away is what is tested."""
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
+@contextlib.contextmanager
+def serving(certificate: Path | None = None) -> Iterator[int]:
+    """Serve on a port of loopback; by https with a certificate, which has its key beside it."""
     _Answers.asked = []
     with _Server(("127.0.0.1", 0), _Answers) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, args=[0.01])
         thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield server.server_address[1]
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serving() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def anywhere(_: Address) -> bool:
@@ -215,6 +230,45 @@ def test_no_spelling_of_this_machine_is_fetched_even_where_urls_are_allowed(
 def test_https_is_spoken_and_what_is_no_https_is_refused(url: str) -> None:
     with pytest.raises(ImageUnreadable, match="^https://127.0.0.1 does not give the file"):
         get(url.replace("http:", "https:"))
+    assert _Answers.asked == []
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a certificate for `pictures.example` that signs itself."""
+    path = tmp_path_factory.mktemp("tls") / "pictures.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=pictures.example", "-addext"]
+    more = ["subjectAltName=DNS:pictures.example", "-keyout", str(path.with_suffix(".key")), "-out", str(path)]
+    subprocess.run(["openssl", *words, *more], check=True, capture_output=True)
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every name lead to loopback."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *more, **options: real("127.0.0.1", *more, **options))
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_comes_by_https_from_a_host_whose_certificate_is_trusted(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serving(certificate) as port:
+        assert get(f"https://pictures.example:{port}/whole") == BODY
+        assert get(f"https://pictures.example:{port}/redirect/1") == BODY
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("host", "trusted"), [("pictures.example", False), ("other.example", True)])
+def test_by_https_nothing_is_asked_of_a_host_that_cannot_prove_its_name(
+    host: str, trusted: bool, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with serving(certificate) as port, pytest.raises(ImageUnreadable, match="certificate verify failed"):
+        get(f"https://{host}:{port}/whole")
     assert _Answers.asked == []
 
 

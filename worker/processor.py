@@ -10,16 +10,17 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from common.errors import ModelNotLoaded, Unsupported
+from common.settings import Settings
 from worker.pictures import decode, missing
 from worker.recent import Recent
 from worker.sequence import Picture, Tokens
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS: Final[int] = Settings.model_fields["max_image_pixels"].default
 """Of a picture, unless the settings say another figure."""
 
 INSTALL = "pip install 'radixq[vision]'"
