@@ -18,6 +18,7 @@ from rq.utils import as_text
 from common import keys
 from common.errors import BrokerUnavailable, InvalidRequest, QueueFull
 from common.messages import GenerateJob, Result, Timing
+from common.pieces import pieces
 from common.serializer import JobSerializer
 from common.settings import Settings
 from producer.album import Album, Picture, store
@@ -168,22 +169,8 @@ def _description(job: GenerateJob) -> str:
     return ", ".join(words)
 
 
-def _chunks(all_checked: list[_Checked]) -> Iterator[list[_Checked]]:
-    chunk: list[_Checked] = []
-    num_bytes = 0
-    for checked in all_checked:
-        size = len(checked.job.data)
-        if chunk and (len(chunk) == CHUNK_JOBS or num_bytes + size > CHUNK_BYTES):
-            yield chunk
-            chunk, num_bytes = [], 0
-        chunk.append(checked)
-        num_bytes += size
-    if chunk:
-        yield chunk
-
-
 def _write_all(broker: Broker, all_checked: list[_Checked], settings: Settings) -> list[Ticket]:
-    chunks = list(_chunks(all_checked))
+    chunks = list(pieces(all_checked, lambda checked: len(checked.job.data), CHUNK_BYTES, CHUNK_JOBS))
     later = Counter(checked.request.queue for checked in all_checked)
     if len(chunks) > 1:  # a single chunk checks for itself
         with broker.speaking() as client:

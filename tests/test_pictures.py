@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from common.errors import GenerationFailed, ImageTooLarge, ImageUnreadable, Inte
 from common.serializer import JobSerializer
 from producer import Ticket, get, submit, submit_many
 from producer.album import Picture, store
+from tests import documented
 from tests.desk import PROMPT_TTL_S, Desk
 from tests.models import save_tiny
 from tests.processes import Processes
@@ -239,16 +238,7 @@ def test_the_documented_way_to_store_a_picture_makes_one_of_our_jobs(
     desk: Desk, redis_url: str, tmp_path: Path
 ) -> None:
     script = re.findall(r"```python\n(.*?)```", (ROOT / "ops/WIRE.md").read_text(), re.DOTALL)[1]
-    script += "import sys; assert not {'producer', 'common', 'pydantic'} & set(sys.modules)\n"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "RADIXQ_REDIS_URL": redis_url},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    ticket = get(done.stdout.strip(), redis=redis_url)
+    ticket = get(documented.run(script, redis_url, tmp_path), redis=redis_url)
     image = picture(width=640, height=480)
     found = fetch(desk.redis, [digest(image)], max_pixels=MANY)
     assert decode(digest(image), found[digest(image)], max_pixels=MANY).tobytes() == image.tobytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -35,6 +34,7 @@ from common.serializer import JobSerializer
 from producer import get, submit, submit_many
 from producer.request import parse
 from producer.submit import CHUNK_JOBS
+from tests import documented
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = Draft202012Validator(json.loads((ROOT / "ops/schema/generate_job.json").read_text()))
@@ -564,19 +564,11 @@ def _accepted(redis: Redis, job_id: str) -> GenerateJob:
 
 
 def test_the_documented_job_of_plain_rq_is_one_of_ours(redis_url: str, redis: Redis, tmp_path: Path) -> None:
-    script = _block("python") + "import sys; assert not {'producer', 'common', 'pydantic'} & set(sys.modules)\n"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "RADIXQ_REDIS_URL": redis_url},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    job = _accepted(redis, done.stdout.strip())
+    job_id = documented.run(_block("python"), redis_url, tmp_path)
+    job = _accepted(redis, job_id)
     assert job.messages
     assert job.messages[0].text == "Name three rivers of Europe."
-    assert get(done.stdout.strip(), redis=redis_url).status() == "queued"
+    assert get(job_id, redis=redis_url).status() == "queued"
 
 
 def test_the_documented_redis_commands_make_one_of_our_jobs(redis_url: str, redis: Redis) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 from PIL import Image, PngImagePlugin
@@ -16,6 +16,7 @@ from redis import Redis
 
 from common import keys, pictures
 from common.errors import ImageTooLarge, ImageUnreadable
+from common.pieces import pieces
 
 SLICE_BYTES: Final = 16 * 1024**2
 """What one round trip brings at most, unless a single picture is larger."""
@@ -46,7 +47,8 @@ def fetch(connection: Redis, digests: Iterable[str], *, max_pixels: int) -> dict
         lengths = dict(zip(names, pipe.execute(), strict=True))
     limit = 5 * max_pixels + 4096  # PNG at its worst: nothing compressed, rows of one pixel, each with a filter byte
     found: dict[str, bytes] = {}
-    for slice_ in _slices({name: size for name, size in lengths.items() if 0 < size <= limit}):
+    wanted = [name for name, size in lengths.items() if 0 < size <= limit]
+    for slice_ in pieces(wanted, lengths.__getitem__, SLICE_BYTES, len(wanted)):
         with connection.pipeline(transaction=False) as pipe:
             for name in slice_:
                 pipe.get(keys.image(name))
@@ -100,16 +102,3 @@ def _size(head: bytes) -> tuple[int, int] | None:
         return None
     signature, kind, width, height = _HEADER.unpack(head)
     return (width, height) if (signature, kind) == (b"\x89PNG\r\n\x1a\n", b"IHDR") else None
-
-
-def _slices(lengths: dict[str, int]) -> Iterator[list[str]]:
-    slice_: list[str] = []
-    num_bytes = 0
-    for name, size in lengths.items():
-        if slice_ and num_bytes + size > SLICE_BYTES:
-            yield slice_
-            slice_, num_bytes = [], 0
-        slice_.append(name)
-        num_bytes += size
-    if slice_:
-        yield slice_
