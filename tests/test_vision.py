@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,7 +21,7 @@ from common.errors import ModelNotLoaded, RadixqError, Unsupported
 from common.pictures import digest as digest_of
 from tests.engines import alone as text_alone
 from tests.engines import bench as text_bench
-from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, reference, same, saved
+from tests.vision_engines import SETTINGS, Bench, Part, ask, bench, same, saved
 from tests.vision_models import FAMILIES, digest, picture, png, save_tiny_vision
 from worker import model, platform, processor
 from worker.cache import Limits, _cut
@@ -33,7 +32,6 @@ from worker.processor import keys
 from worker.radix import Match
 from worker.recent import Recent
 from worker.sequence import Failed, Finished, Prompt
-from worker.vision import Sight, VisionModel
 
 CAT, DOG, TALL, LARGE, STRIP = (picture(*size, seed) for seed, size in enumerate(
     [(20, 30), (33, 17), (16, 90), (64, 64), (40, 20)]
@@ -347,35 +345,3 @@ def test_a_shorter_match_lies_on_the_same_way() -> None:
         cut: Match[Any] = _cut(found, length)
         assert cut.length == length
         assert cut.node.start < length <= cut.node.end
-
-
-# -- half precision ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "tie"), [("float16", 0.02), ("bfloat16", 0.1)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_half_precision_answers_part_from_mlx_vlms_only_where_two_tokens_are_about_as_likely(
-    family: str, dtype: str, tie: float
-) -> None:
-    engine = bench(family, dtype=dtype, max_rows=8)
-    assert engine.loaded.dtype == dtype
-    got = engine.run({name: engine.prompt(*parts) for name, parts in JOBS.items()})
-    for name, parts in JOBS.items():
-        theirs, logprobs = engine.alone(*parts)
-        assert all(np.isfinite(row).all() for row in logprobs)
-        assert same(got[name], theirs, logprobs, tie), f"{name}: {got[name]} for {theirs}"
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_half_precision_pictures_become_what_mlx_vlm_makes_of_them(family: str, dtype: str) -> None:
-    engine = bench(family, dtype=dtype)
-    (shown,) = engine.prompt("see", TALL, "what?").pictures
-    assert isinstance(engine.loaded.model, VisionModel)
-    assert engine.loaded.processor is not None
-    sight = Sight(engine.loaded.model, engine.loaded.processor, 0)
-    ours = sight._feature(shown)
-    inner, _ = reference(engine.path, dtype)
-    theirs = inner.get_input_embeddings(mx.array(shown.ids)[None], **sight.pixels(shown)).inputs_embeds[0]
-    assert mx.isfinite(ours).all().item()
-    assert mx.array_equal(ours, theirs).item()
