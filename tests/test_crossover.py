@@ -53,14 +53,14 @@ def test_a_form_must_be_clearly_faster_than_the_merged_one() -> None:
 def test_copies_are_never_chosen_but_reported_where_they_would_be_faster() -> None:
     slow = Crossover((point(1, 64, merged=1.0, copies=0.5), point(8, 64, merged=1.0, copies=3.0)))
     assert slow(1, 1, 64) == "merged"
-    assert slow.words == "merged; slower than copies at 1x64"
+    assert slow.words == "merged; a copy per row would be faster for 1 row x 64 tokens"
 
 
 def test_prefill_and_decode_have_forms_of_their_own() -> None:
     both = Crossover((point(1, 64, merged=1.0, packed=2.0), point(1, 64, new_tokens=64, merged=2.0, alone=1.0)))
     assert both(4, 1, 64) == "merged"
     assert both(4, 100, 64) == "alone"
-    assert both.words == "merged; alone in prefill"
+    assert both.words == "merged; alone where prompts are read"
 
 
 def test_where_nothing_was_measured_the_merged_form_serves() -> None:
@@ -76,7 +76,7 @@ def test_where_nothing_was_measured_the_merged_form_serves() -> None:
         ({"r1t64": "packed", "r4t64": "packed", "r1t512": "packed", "r4t512": "virtual"},
          "virtual from 4 rows x 512 tokens, else packed"),
         ({"r1t64": "virtual", "r1t512": "packed", "r4t512": "merged"},
-         "merged, but virtual at 1x64, packed at 1x512"),
+         "merged, but virtual for 1 row x 64 tokens, packed for 1 row x 512 tokens"),
     ],
 )  # fmt: skip
 def test_the_words_in_the_metrics_say_what_is_chosen_where(chosen: dict[str, str], words: str) -> None:

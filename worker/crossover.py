@@ -89,12 +89,12 @@ class Crossover:
 
     @property
     def words(self) -> str:
-        """Say what it chooses, for the metrics: `merged from 4 rows x 64 tokens, else packed`."""
+        """Say what it chooses, for someone who reads the metrics: `merged from 4 rows x 64 tokens, else packed`."""
         decode = [point for point in self.points if point.new_tokens == 1]
         prefill = sorted({point.best for point in self.points if point.new_tokens > 1} - {"merged"})
-        said = [_regions(decode), *(f"{name} in prefill" for name in prefill)]
-        if slower := [f"{point.rows}x{point.tokens}" for point in sorted(decode, key=_size) if point.copies_win]:
-            said.append(f"slower than copies at {' '.join(slower)}")
+        said = [_regions(decode), *(f"{name} where prompts are read" for name in prefill)]
+        if slower := [_size_text(*_size(point)) for point in sorted(decode, key=_size) if point.copies_win]:
+            said.append(f"a copy per row would be faster for {', '.join(slower)}")
         return "; ".join(said)
 
 
@@ -103,6 +103,10 @@ UNMEASURED = Crossover()
 
 def _size(point: Point) -> tuple[int, int]:
     return point.rows, point.tokens
+
+
+def _size_text(rows: int, tokens: int) -> str:
+    return f"{rows} row{'s' if rows > 1 else ''} x {tokens} tokens"
 
 
 def _regions(points: list[Point]) -> str:
@@ -115,8 +119,8 @@ def _regions(points: list[Point]) -> str:
     kept = [size for size in chosen if size not in others]
     rows, tokens = (min(values) for values in zip(*kept, strict=True))
     if len(set(others.values())) == 1 and not any(r >= rows and t >= tokens for r, t in others):
-        return f"{usual} from {rows} rows x {tokens} tokens, else {next(iter(others.values()))}"
-    return f"{usual}, but " + ", ".join(f"{name} at {r}x{t}" for (r, t), name in others.items())
+        return f"{usual} from {_size_text(rows, tokens)}, else {next(iter(others.values()))}"
+    return f"{usual}, but " + ", ".join(f"{name} for {_size_text(*size)}" for size, name in others.items())
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
