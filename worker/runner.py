@@ -25,7 +25,7 @@ SPARE_PROMPTS = 8
 """Prompts asked for beyond the free rows, so that the next prefill need not wait for Redis."""
 STOP_S = 5.0
 """How long the thread may take to end."""
-_POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep; without a bound the pool grows for ever
+_POOL_BYTES = 1 << 30  # of freed buffers that MLX may keep, at most; without a bound the pool grows for ever
 _LEAST_TOKENS = 1024  # a budget that does not hold so many is refused: hardly a job would fit
 _PICTURES = 0.1  # of the budget is for what pictures become, where a model takes any; the rest is for KV
 _SHARE = 0.8  # of what the device has left beside the weights; the rest is for activations and other programs
@@ -143,8 +143,8 @@ class Runner:
         loaded = model.load(
             settings.model_path, dtype=settings.dtype, device=device, max_image_pixels=settings.max_image_pixels
         )
-        mx.set_cache_limit(_POOL_BYTES)
         budget = _kv_budget(settings, loaded, device.working_set_bytes, mx.get_active_memory())
+        mx.set_cache_limit(min(_POOL_BYTES, budget))
         way = probe.reuse(loaded.model, loaded.context_length)
         pictures = int(_PICTURES * budget) if loaded.processor else 0
         limits = Limits(settings.max_rows, settings.prefill_chunk_tokens, budget - pictures, picture_bytes=pictures)
