@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
+from tests.engines import Bench, bench, prompt
+from tests.models import tiny
 from worker.kv import KV, Batch, Path
+from worker.sequence import Prompt
 
 N, D, LAYERS = 2, 16, 3
 PER_TOKEN = 2 * LAYERS * N * D * 4
@@ -118,3 +121,88 @@ def test_who_joins_or_leaves_copies_tails_alone_however_long_the_prefix_is(held_
     for figures in zip(*copied.values(), strict=True):
         assert max(figures) - min(figures) < 1000, "bookkeeping"
     assert max(copied[8192]) < 8192 * PER_TOKEN / 100
+
+
+# -- the same through the engine -------------------------------------------------------------------------------------
+
+PREFIX = 8192
+SLIGHT: dict[str, Any] = {
+    "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 20_000,
+}  # fmt: skip
+
+
+def ready(max_rows: int = 32) -> Bench:
+    """Return an engine on a model that is nearly nothing and never ends an answer by itself."""
+    model = tiny(**SLIGHT)
+    weights = np.array(model.lm_head.weight)
+    weights[-3:] = 0
+    model.lm_head.weight = mx.array(weights)
+    run = bench(model, alone=model, max_rows=max_rows, chunk_tokens=PREFIX)
+    run.watched.engine = None  # keep no logits
+    return run
+
+
+def question(number: int, own: int, answer: int) -> Prompt:
+    rng = np.random.default_rng(number)
+    root = np.random.default_rng(0).integers(0, 290, PREFIX)
+    return prompt([*root, number, *rng.integers(0, 290, own)], answer, [PREFIX])
+
+
+def resident(run: Bench) -> tuple[int, int, int]:
+    """Return the tokens that there is room for, that the rows have, and that they had if all tails were the longest."""
+    engine = run.engine
+    lengths = [len(row.prompt.tokens) - 1 + len(row.generated) - PREFIX for row in engine._running.rows]
+    cached = engine.cache.tree.nbytes - engine.cache.tree.pinned_bytes  # of rows that have ended
+    held = (engine.stats().cache_bytes - cached) // engine._loaded.kv_bytes_per_token
+    return held, PREFIX + sum(lengths), PREFIX + len(lengths) * max(lengths, default=0)
+
+
+def watched(run: Bench, prompts: dict[str, Prompt]) -> list[tuple[int, int, int]]:
+    """Run jobs; return `resident` after every step in which the rows decoded and nobody was prefilled."""
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    seen = []
+    while run.engine.busy:
+        run.engine.step()
+        if run.engine.running and run.engine._fill is None:
+            seen.append(resident(run))
+    return seen
+
+
+@pytest.mark.parametrize("answer", [16, 64, pytest.param(512, marks=pytest.mark.long)])
+def test_a_run_holds_little_more_than_prefix_and_tails_at_every_step_however_long_its_answers_may_be(
+    answer: int,
+) -> None:
+    """Half of the rows end on the way: what they leave behind is given up."""
+    run = ready()
+    prompts = {str(i): question(i, 31, answer if i % 2 else 2 + i * answer // 40) for i in range(32)}
+    seen = watched(run, prompts)
+    assert len(seen) >= answer - 2
+    for step, (held, needed, _) in enumerate(seen):
+        assert held <= 1.02 * needed, step
+
+
+def test_rows_of_uneven_tails_cost_what_the_longest_does_and_hardly_more() -> None:
+    run = ready()
+    seen = watched(run, {str(i): question(i, 7 + (11 * i) % 50, 40) for i in range(32)})
+    for step, (held, _, rectangle) in enumerate(seen):
+        assert held <= 1.02 * rectangle, step
+
+
+def test_a_cohort_that_shrinks_to_one_row_and_grows_again_holds_what_it_needs() -> None:
+    run = ready()
+    run.engine.add("long", question(0, 31, 120))
+    for wave in range(3):
+        for number in range(31):
+            run.engine.add(f"{wave} {number}", question(1 + 31 * wave + number, 31, 6 + number % 5))
+        sizes = set[int]()
+        while len(run.engine.running) != 1 or len(sizes) < 2:
+            run.engine.step()
+            assert run.engine._fill is None
+            held, _, rectangle = resident(run)
+            assert held <= 1.02 * rectangle, (wave, sizes)
+            sizes.add(len(run.engine.running))
+        assert max(sizes) == 32
+        held, needed, _ = resident(run)
+        assert held <= 1.02 * needed, "one row alone"

@@ -230,8 +230,6 @@ class Engine:
         began = time.perf_counter()
         if self.cache.reuse == "shared":
             self._running.even_out()
-            if alone:
-                self._running.shrink()
         self._follow_splits()
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
@@ -244,6 +242,8 @@ class Engine:
         self._stats = replace(self._stats, last_token_at=time.time())
         self._count(decode_steps=1, decoded_tokens=len(rows))
         events = self._accept(np.array(chosen).tolist(), np.array(finite).tolist())
+        if alone and self.cache.reuse == "shared":
+            self._running.shrink()
         self._count(decode_s=time.perf_counter() - began)
         return events
 

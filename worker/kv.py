@@ -17,7 +17,7 @@ from worker.tails import Tails, detached
 GROWTH = 2
 """Free columns that a tail buffer gets at least when it grows."""
 FREE = 1 / 64
-"""Of what rows that share hold, so much may be free room in buffers; half of it is made when they grow."""
+"""Of what rows that share hold, so much may be free room in buffers; three quarters of it are made when they grow."""
 
 
 class KV:
@@ -275,7 +275,7 @@ class Batch:
             return 0
         spare = columns // 16 + 2 * GROWTH
         if any(path.nodes for path in paths):
-            spare = min(spare, max(GROWTH, int(FREE / 2 * self._held(columns, paths)) // len(paths)))
+            spare = min(spare, max(GROWTH, int(0.75 * FREE * self._held(columns, paths)) // len(paths)))
         return min(spare, self._most - columns) if columns <= self._most else spare
 
     def _held(self, columns: int, paths: Sequence[Path]) -> int:

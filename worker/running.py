@@ -14,7 +14,7 @@ from worker.row import Row
 from worker.sequence import Tokens
 
 WIDE_TOKENS = 128
-"""Tails up to this length get buffers as wide as the longest, where memory allows, however short most of them are."""
+"""Where memory allows, tails up to this length stay in the buffers, however short most of them are."""
 LEAST_TOKENS = 16
 """Less than this of a tail is not moved into the tree: a node of its own would cost more than it saves."""
 SLACK = 1 + 1 / 16
@@ -39,8 +39,8 @@ class Running:
     def join(self, rows: list[Row], batch: Any) -> None:
         """Take over the rows of another batch."""
         if self._cache.reuse == "shared":
-            roomy = self._cache.make_room(self.demand(rows, least=WIDE_TOKENS))
-            most = self._columns([*self.rows, *rows], WIDE_TOKENS if roomy else LEAST_TOKENS)
+            roomy = self._cache.make_room(self.demand(rows, roomy=True))
+            most = self._columns([*self.rows, *rows], roomy=roomy)
             self._even_out(self.rows, self.batch, most)
             self._even_out(rows, batch, most)
             self.batch.join(batch, most)
@@ -55,13 +55,13 @@ class Running:
         self.rows[index] = self.rows[-1]
         self.rows.pop()
 
-    def demand(self, joining: Sequence[Row] = (), *, leaving: Row | None = None, least: int = LEAST_TOKENS) -> Need:
+    def demand(self, joining: Sequence[Row] = (), *, leaving: Row | None = None, roomy: bool = False) -> Need:
         """Return what rows hold at most from now on, with those that will join, and while they do."""
         rows = [row for row in (*self.rows, *joining) if row is not leaving]
         if self._cache.reuse != "shared":
             all_, new = (sum(self._cache.nbytes(row.longest) for row in part) for part in (rows, joining))
             return Need(max(all_, self.batch.nbytes + new), len(self.rows) + len(joining))
-        columns = self._columns(rows, least)
+        columns = self._columns(rows, roomy=roomy)
         whole = self._cache.nbytes(len(rows) * columns)
         prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
         moved = [over for row in rows if (over := self._too_long(row, columns))]
@@ -70,10 +70,18 @@ class Running:
         passing = max(0, before - lasting) + copied
         return Need(lasting + self._cache.nbytes(sum(moved)), 2 + len(moved), passing)
 
-    def _columns(self, rows: Sequence[Row], least: int) -> int:
-        """Return how wide these rows' buffers may become: as the longest tail will, but not much wider than most."""
+    def _columns(self, rows: Sequence[Row], *, roomy: bool) -> int:
+        """Return how wide these rows' buffers may become: as the longest tail will, but not much wider than most.
+
+        Where there is room for it, only what a tail is too long by now counts: others may end before it grows.
+        """
         tails = [self._cache.tail_tokens(row) for row in rows]
+        least = WIDE_TOKENS if roomy else LEAST_TOKENS
         planned = min(max(tails), max(least, int(SLACK * sum(tails) / len(tails)))) if tails else 0
+        if roomy:
+            planned = max(
+                [planned, *(tail for tail, row in zip(tails, rows, strict=True) if row.own_tokens <= planned)]
+            )
         return max(planned, self.batch.columns) if self.batch.holds(len(rows), planned) else planned
 
     def _too_long(self, row: Row, columns: int) -> int:

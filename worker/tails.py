@@ -64,10 +64,11 @@ class Tails:
             self.resize(rows, width)
 
     def resize(self, rows: int, width: int) -> None:
-        """Give all buffers so many lines and columns; what lay beyond is lost."""
+        """Give all buffers so many lines and columns, a layer at a time; what lay beyond is lost."""
         for layer, held in enumerate(self._layers):
             if held:
-                self._layers[layer] = _resized(held[0], rows, width), _resized(held[1], rows, width)
+                fresh = self._layers[layer] = _resized(held[0], rows, width), _resized(held[1], rows, width)
+                mx.eval(fresh)
 
     def join(self, other: Tails, taken: int, first: int, rows: int, columns: int, width: int) -> None:
         """Copy the first `taken` columns of another's rows to rows [first, rows), and reserve as `reserve` does.
