@@ -22,7 +22,7 @@ import numpy as np
 
 from common.errors import InternalError, OutOfMemory, RadixqError, Unsupported
 from common.log import logger
-from worker import hook
+from worker import hook, platform
 from worker.cache import NOTHING, Limits, Need, PrefixCache, Reuse
 from worker.crossover import UNMEASURED, Crossover
 from worker.forms import exactly
@@ -318,7 +318,7 @@ class Engine:
         except Exception as error:
             failing = list(self._intake.forming) if failing is None else failing
             log.exception("a part of a step failed", extra={"rows": len(failing)})
-            return self._failed(failing, _translated(error))
+            return self._failed(failing, platform.translated(error))
 
     def _failed(self, failing: list[Row], error: RadixqError) -> list[Event]:
         """Drop a failed call's arrays, give its rows another try, and free memory if that was what it lacked."""
@@ -390,13 +390,3 @@ class Engine:
 
     def _count(self, **increments: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in increments.items()})
-
-
-def _translated(error: Exception) -> RadixqError:
-    """Turn what MLX throws into our tree; MLX says that memory ran out in words only."""
-    if isinstance(error, RadixqError):
-        return error
-    words = str(error).lower()
-    if isinstance(error, MemoryError) or "malloc" in words or "memory" in words or "resource limit" in words:
-        return OutOfMemory(f"the device ran out of memory ({error})")
-    return InternalError(f"{type(error).__name__} in the model; the worker's log has the details")

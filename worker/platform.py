@@ -1,4 +1,4 @@
-"""Know the hardware: open a fast BLAS before MLX loads, and say which device and how much memory there is.
+"""Know the hardware: open a fast BLAS before MLX loads, say which device and how much memory there is, and what failed.
 
 The only place that asks what machine this is. Knows no model and no settings; MLX is imported only by `device()`.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from common.errors import InternalError, OutOfMemory, RadixqError
 
 _MKL_LP64 = 0  # 32-bit sizes: what MLX passes to cblas
 _MKL_SEQUENTIAL = 1  # one thread: twice the threads decode no faster, and RQ and the tokenizer want the other core
@@ -126,3 +128,13 @@ def _open(path: Path) -> ctypes.CDLL | None:
 
 def _physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def translated(error: Exception) -> RadixqError:
+    """Return what MLX threw as an error of ours; that memory ran out it says in words only."""
+    if isinstance(error, RadixqError):
+        return error
+    words = str(error).lower()
+    if isinstance(error, MemoryError) or "malloc" in words or "memory" in words or "resource limit" in words:
+        return OutOfMemory(f"the device ran out of memory ({error})")
+    return InternalError(f"{type(error).__name__} in the model; the worker's log has the details")
