@@ -14,7 +14,7 @@ from tests.processes import ROOT
 POISON = "~"
 
 _HOOK = """
-import importlib.abc, importlib.util, os, signal, sys
+import importlib.abc, importlib.util, os, signal, sys, time
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -41,6 +41,7 @@ def arm(module):
         events = step(self)
         steps[0] += bool(doomed & set(self.running))
         if steps[0] > 2:
+            time.sleep(1)  # or the worker may not have written down yet how far the job came, and tries it again
             {death}
         return events
     engine.add, engine.step = adding, stepping
