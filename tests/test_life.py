@@ -294,7 +294,7 @@ ENDS: dict[Callable[[House, Ticket], None], tuple[dict[str, Any], str]] = {
     end_by_ticket: ({"tokens": ENDLESS}, "cancelled"),
     end_by_rq: ({"tokens": ENDLESS}, "cancelled"),
     end_by_stop: ({"tokens": ENDLESS}, "stopped"),
-    end_by_deletion: ({"tokens": ENDLESS}, "deleted"),
+    end_by_deletion: ({"tokens": ENDLESS}, "was "),  # deleted, or cancelled once its worker has noticed
     end_by_expiry: ({"expires_at": in_s(-1)}, ""),
 }
 
