@@ -59,8 +59,11 @@ class Tails:
         return held is not None and held[0].shape[0] >= rows and held[0].shape[2] >= columns
 
     def reserve(self, rows: int, columns: int, width: int) -> None:
-        """Make room for `rows` x `columns`; buffers too small for it, or mostly unused, become `width` columns wide."""
-        if not self._fits(0, rows, columns):
+        """Make room for `rows` x `columns`; buffers too small for it, or mostly unused, become `width` columns wide.
+
+        Layers may differ in size: a `join` that lacked the memory leaves some of them grown.
+        """
+        if not all(self._fits(layer, rows, columns) for layer, held in enumerate(self._layers) if held):
             self.resize(rows, width)
 
     def resize(self, rows: int, width: int) -> None:

@@ -1,0 +1,80 @@
+"""Memory that runs out while tails are copied: rows that were not asked for stay right, and the engine goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.engines import Bench, alone, bench, prompt
+from tests.models import tiny
+from worker.kv import Batch, Path
+from worker.sequence import Finished, Prompt
+from worker.tails import Tails
+
+LAYERS = 3
+FULL = RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
+
+
+def endless() -> Any:
+    """Return a model that never ends an answer by itself."""
+    model = tiny()
+    weights = np.array(model.lm_head.weight)
+    weights[-3:] = 0
+    model.lm_head.weight = mx.array(weights)
+    return model
+
+
+class Marks:
+    """A model that writes every token's own number in every layer, as others do keys and values.
+
+    Attributes:
+        seen: per layer, what rows hold, [B, S].
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        rows, columns = tokens.shape
+        new = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (rows, 1, columns, 2))
+        self.seen = [np.array(layer.update_and_fetch(new, new)[0][:, 0, :, 0]) for layer in cache]
+        return mx.zeros((rows, columns, 1))
+
+
+def filled(rows: list[list[int]]) -> Batch:
+    batch = Batch(LAYERS, columns=len(rows[0]))
+    batch.open([Path()] * len(rows))
+    batch.forward(Marks(), np.array(rows, np.int32), [len(row) for row in rows])
+    return batch
+
+
+def failing_at(monkeypatch: pytest.MonkeyPatch, first: int, calls: int = 1) -> None:
+    """Let some calls of `mx.eval` from now on find no memory."""
+    plain, count = mx.eval, 0
+
+    def evaluate(*arrays: Any) -> None:
+        nonlocal count
+        count += 1
+        if first <= count < first + calls:
+            raise FULL
+        plain(*arrays)
+
+    monkeypatch.setattr(mx, "eval", evaluate)
+
+
+@pytest.mark.parametrize("layer", range(1, LAYERS + 1))
+def test_rows_go_on_in_every_layer_when_others_could_not_join_in_all_of_them(
+    layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, other = filled([[1, 2, 3], [4, 5, 6]]), filled([[*range(10, 19)], [*range(20, 29)]])
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="Unable to allocate"):
+        failing_at(patch, layer)
+        batch.join(other, 40)
+    model = Marks()
+    for step in range(7, 20):
+        batch.forward(model, np.array([[step], [step]], np.int32), [1, 1])
+        for keys in model.seen:
+            assert keys.tolist() == [[1, 2, 3, *range(7, step + 1)], [4, 5, 6, *range(7, step + 1)]]
