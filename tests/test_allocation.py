@@ -78,3 +78,33 @@ def test_rows_go_on_in_every_layer_when_others_could_not_join_in_all_of_them(
         batch.forward(model, np.array([[step], [step]], np.int32), [1, 1])
         for keys in model.seen:
             assert keys.tolist() == [[1, 2, 3, *range(7, step + 1)], [4, 5, 6, *range(7, step + 1)]]
+
+
+def answers(run: Bench, prompts: dict[str, Prompt]) -> None:
+    for job_id, job in prompts.items():
+        event = run.ended[job_id]
+        assert isinstance(event, Finished), f"{job_id}: {event}"
+        assert list(event.tokens) == alone(run.alone, job.tokens, job.max_tokens)[0], job_id
+
+
+def test_a_running_row_whose_tail_could_not_be_shortened_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench(endless(), alone=endless(), max_rows=4)
+    plain, body, failed = Tails.drop_front, [(7 * i) % 290 for i in range(60)], []
+
+    def once(tails: Tails, row: int, count: int, stop: int) -> None:
+        if not failed:
+            failed.append(row)
+            raise FULL
+        plain(tails, row, count, stop)
+
+    monkeypatch.setattr(Tails, "drop_front", once)
+    prompts = {"runs": prompt([*body, 5, 6, 7], 60), "shares": prompt([*body, 9, 9, 9], 10)}
+    run.engine.add("runs", prompts["runs"])
+    run.engine.step()
+    run.run({"shares": prompts["shares"]})
+    assert failed
+    told = run.ended["runs"]
+    assert isinstance(told, Finished)
+    prompts["follows"] = prompt([*prompts["runs"].tokens.tolist(), *told.tokens[:40], 3, 4], 10)
+    run.run({"follows": prompts["follows"]})
+    answers(run, prompts)

@@ -127,8 +127,8 @@ class Running:
         node = self._cache.keep(row, batch, index, end, beside=beside)
         if node is None:
             return False
+        batch.drop_front(index, moved)  # may lack the memory: only then does the row change
         self._cache.attach(row, node, end)
-        batch.drop_front(index, moved)
         batch.set_path(index, row.path())
         return True
 
