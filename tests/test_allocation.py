@@ -108,3 +108,17 @@ def test_a_running_row_whose_tail_could_not_be_shortened_keeps_what_it_had(monke
     prompts["follows"] = prompt([*prompts["runs"].tokens.tolist(), *told.tokens[:40], 3, 4], 10)
     run.run({"follows": prompts["follows"]})
     answers(run, prompts)
+
+
+def test_a_step_without_memory_moves_no_row_while_all_of_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench(endless(), alone=endless(), max_rows=6)
+    prompts = {str(i): prompt([i, *range(20, 40 + i)], 20) for i in range(6)}
+    for job_id, job in prompts.items():
+        run.engine.add(job_id, job)
+    while len(run.engine.running) < len(prompts):
+        assert not run.engine.step()
+    with monkeypatch.context() as patch:
+        failing_at(patch, 1, calls=100)
+        assert not run.engine._guarded(lambda: run.engine._decode(False), run.engine._running.rows)
+    run.run({})
+    answers(run, prompts)

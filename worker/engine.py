@@ -12,7 +12,7 @@ alone has nobody else to blame. A segment that failed never enters the tree and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -339,13 +339,14 @@ class Engine:
             mx.clear_cache()
         return events
 
-    def _give_up(self, rows: Iterable[Row], error: RadixqError, company: int) -> list[Event]:
+    def _give_up(self, rows: Sequence[Row], error: RadixqError, company: int) -> list[Event]:
         """Take rows out of wherever they are; they go next, so many together, unless they ran alone already."""
         events: list[Event] = []
         again: list[Row] = []
+        for index in reversed(range(len(self._running))):  # if all leave, none is moved: that would take memory
+            if self._running.rows[index] in rows:
+                self._running.leave(index)
         for row in rows:
-            if row in self._running.rows:
-                self._running.leave(self._running.rows.index(row))
             self._intake.line.remove(row.id)
             self.cache.detach(row)
             if row.aborted:
