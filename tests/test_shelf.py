@@ -10,7 +10,9 @@ from redis import Redis
 
 from common import keys
 from common.messages import Sampling
+from tests.desk import Desk
 from tests.vision_models import digest, picture, png
+from worker.scout import Candidate
 from worker.sequence import Picture, Prompt
 from worker.shelf import Shelf
 
@@ -76,6 +78,19 @@ def test_a_job_with_more_pictures_than_fit_runs_alone(stored: Redis) -> None:
     assert not shelf.fits([prompt(1)])
     assert shelf.fits([prompt(0)])
     assert running.pictures[0].data is not None
+
+
+def test_a_job_with_many_pictures_is_not_passed_for_ever_by_those_with_few(desk: Desk, stored: Redis) -> None:
+    desk.pump._ready = True
+    desk.pump._shelf = shelf = Shelf(10**6, most_bytes=ROOM)
+    waiting = [Candidate(f"j{n}", "radixq", prompt(*shown)) for n, shown in enumerate([(0, 1), (2,), (3,), ()])]
+    desk.pump._offers = waiting
+    running = [start(shelf, stored, 2), start(shelf, stored, 3)]
+    assert desk.pump._due(None) == waiting[3:], "a text"
+    running.pop()
+    assert desk.pump._due(None) == waiting[3:], "one with picture 2 would fit, and then the first never"
+    running.clear()
+    assert waiting[0] in desk.pump._due(None)
 
 
 def test_a_picture_that_is_gone_is_left_out(stored: Redis) -> None:

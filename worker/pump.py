@@ -249,19 +249,21 @@ class Pump:
         """Choose from the offers what is to leave its queue now.
 
         What will not run needs no room. What expires must have a row: in the engine it might wait, and run too late.
-        What brings pictures waits until there is room for them.
-        Suspects go first, and never more at once than their limits allow.
+        What brings pictures waits until there is room for them, and so do those with pictures behind it: else smaller
+        ones might take its room for ever. Suspects go first, and never more at once than their limits allow.
         """
         due = [one for one in self._offers if self._is_over(one)]
         wanted = sorted((one for one in self._offers if one not in due), key=lambda one: -one.limit)
         room, rows = self._room(max_jobs), self._runner.free_rows
         running = [flight.limit for flight in self.flights.values()]
         chosen: list[Candidate] = []
+        waits = False
         for one in wanted:
             if not may_join(one.limit, running):
                 break
-            fits = self._shelf.fits([other.prompt for other in (*chosen, one)])
-            if fits and len(chosen) < (room if one.expires_s == math.inf else min(room, rows)):
+            waits = waits or not self._shelf.fits([other.prompt for other in (*chosen, one)])
+            shows = one.prompt is not None and bool(one.prompt.pictures)
+            if not (waits and shows) and len(chosen) < (room if one.expires_s == math.inf else min(room, rows)):
                 chosen.append(one)
                 running.append(one.limit)
         return due + chosen
