@@ -41,9 +41,14 @@ def read(client: Redis, job_id: str, body: Any = None) -> Result:
     said: dict[str, Any] = {name: text for name, text in zip((*_PLAIN, *_TIMES), texts, strict=False) if text}
     times: dict[str, Any] = {name: said.pop(name) for name in _TIMES if name in said}
     said |= History.read(rest[-len(FIELDS) :]).fields()
-    if attempts and attempts.isdigit():
-        said["attempts"] = int(attempts)
+    if attempts:
+        said["attempts"] = counted(attempts)
     return before.model_copy(update={"id": job_id, "timing": before.timing.model_copy(update=times), **said})
+
+
+def counted(attempts: bytes | None) -> int:
+    """Return the number of attempts that a record names; 0 where it names none, or none that we would write."""
+    return int(attempts) if attempts and len(attempts) < 10 and attempts.isdigit() else 0
 
 
 def ended(before: Result, status: Status, failure: Failure, at: str) -> Result:

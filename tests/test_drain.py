@@ -234,6 +234,19 @@ def test_a_job_whose_hash_is_damaged_is_taken_nevertheless(
     assert [flight.job.id for flight in take(drain, jobs)] == ids(jobs)
 
 
+@pytest.mark.parametrize("attempts", ["abc", "1.5", "", "007", "9223372036854775807"])
+def test_attempts_that_are_no_number_fail_their_job_and_no_other(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]], attempts: str
+) -> None:
+    strange, plain = enqueue(2)
+    redis.hset(keys.result(strange.id), "attempts", attempts)
+    redis.hset(keys.result(plain.id), "attempts", -1)
+    assert [flight.job.id for flight in take(drain, [strange, plain])] == [plain.id]
+    fields = result(redis, strange)
+    assert (fields["status"], fields["attempts"]) == ("failed", "0")
+    assert "attempts are no number" in fields["error_message"]
+
+
 def test_jobs_are_handed_back_to_the_head_in_the_order_they_had(
     drain: Drain, worker: BatchWorker, redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:

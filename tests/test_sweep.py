@@ -45,6 +45,20 @@ def test_a_job_whose_worker_is_gone_says_so(desk: Desk) -> None:
     assert desk.waiting == [again.id]
 
 
+@pytest.mark.parametrize("attempts", ["abc", "9" * 5000], ids=["no number", "a long one"])
+def test_attempts_that_are_no_number_do_not_keep_a_record_open(desk: Desk, attempts: str) -> None:
+    job = desk.enqueue()
+    flight = desk.take(job)
+    del desk.pump.flights[flight.id]
+    desk.redis.zadd("rq:wip:radixq", {flight.execution.composite_key: 1})
+    desk.redis.hset(keys.result(job.id), "attempts", attempts)
+    desk.redis.hset(keys.result("gone"), mapping={"status": "running", "attempts": attempts})
+    desk.worker.run_maintenance_tasks()
+    _sweep(desk)
+    assert desk.result(job)["status"] == "failed"
+    assert desk.redis.hget(keys.result("gone"), "status") == b"lost"
+
+
 def test_a_claimed_job_that_nobody_started_goes_back_instead_of_failing(desk: Desk) -> None:
     first, second = desk.enqueue(), desk.enqueue()
     desk.redis.lmove("rq:queue:radixq", "rq:queue:radixq:intermediate")

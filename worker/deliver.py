@@ -144,7 +144,7 @@ class Outbox:
     def _crashed(self, job: QueuedJob, body: Any, status: Status, error: RadixqError) -> Result:
         names = ("attempts", "worker", *KEPT)
         attempts, worker, *kept = cast("list[bytes | None]", self._worker.connection.hmget(keys.result(job.id), names))
-        at, history, attempt = iso(self._clock.now()), History.read(kept), int(attempts or 1)
+        at, history, attempt = iso(self._clock.now()), History.read(kept), record.counted(attempts) or 1
         if status == "queued":
             history = history.with_error(attempt, error, (worker or b"").decode(errors="replace"), at)
         return Result(

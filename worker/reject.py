@@ -43,13 +43,18 @@ return 1
 """
 
 
-# Lua: the first key of the job whose keys begin at KEYS[at], and what it is, if that is not what belongs there.
+# Lua: the first key of the job whose keys begin at KEYS[at], and what it is, if that is not what belongs there. Of our
+# record, its attempts too: HINCRBY of another thing fails in the middle of a transaction.
 WRONG: Final = """
 local kinds = {'hash', 'hash', 'set', 'set', 'stream', 'zset'}
 local function wrong(at)
   for i, kind in ipairs(kinds) do
     local found = redis.call('TYPE', KEYS[at + i - 1]).ok
     if found ~= 'none' and found ~= kind then return KEYS[at + i - 1], found end
+  end
+  local attempts = redis.call('HGET', KEYS[at + 1], 'attempts') or '0'
+  if #attempts > 9 or not (attempts == '0' or attempts:find('^%-?[1-9]%d*$')) then
+    return KEYS[at + 1], 'hash whose attempts are no number'
   end
 end
 """
