@@ -232,6 +232,22 @@ def test_jobs_of_queues_that_are_not_ours_go_back_there(
     assert {suspicion(redis, job) for job in (ours, theirs)} == {Suspicion(limit=1)}
 
 
+@pytest.mark.parametrize("field", [b"{}:e1", b"no id!:e1", b"\xff:e1"])
+@pytest.mark.parametrize(
+    "text", ["junk", "[]", '{"queue": "radixq", "tokens": Infinity}', '{"queue": "radixq", "new": 1}']
+)
+def test_a_ledger_that_no_worker_wrote_does_not_end_who_reads_it(
+    host: Callable[..., Host], enqueue: Callable[..., list[Job]], redis: Redis, field: bytes, text: str
+) -> None:
+    (job,) = enqueue(1)
+    redis.sadd(keys.FLIGHTS, "other", b"\xff")
+    redis.hset(keys.flights("other"), field.replace(b"{}", job.id.encode()), text)
+    redis.hset(keys.flights("other"), b"no id!:e2", '{"queue": "radixq", "tokens": 0}')
+    host().pump.recover()
+    assert not redis.exists(keys.flights("other"))
+    assert not redis.sismember(keys.FLIGHTS, "other")
+
+
 def test_a_process_is_alive_while_it_holds_its_file_and_leaves_words_only_if_it_crashed(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from worker.life import Life;"

@@ -16,6 +16,7 @@ from redis import Redis
 
 from common import keys
 from worker.flight import Flight
+from worker.reject import is_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,15 @@ class Ledger:
         pipe.hdel(self.key, field(flight.job.id, flight.id))
 
     def entries(self) -> list[Entry]:
-        """Return what the ledger says now."""
+        """Return what the ledger says now; what cannot be read, and was not written by a worker, is left out."""
         fields = cast(dict[bytes, bytes], self._connection.hgetall(self.key))
-        return [_entry(name.decode(), text) for name, text in fields.items()]
+        return [entry for item in fields.items() if (entry := _entry(*item)) is not None]
 
     def others(self) -> list[Ledger]:
         """Return the ledgers of all other processes."""
         names = cast(set[bytes], self._connection.smembers(keys.FLIGHTS))
-        return [Ledger(self._connection, name) for name in sorted(map(bytes.decode, names)) if name != self.name]
+        texts = sorted(name.decode(errors="replace") for name in names)
+        return [Ledger(self._connection, name) for name in texts if name != self.name]
 
 
 def _written(flight: Flight) -> tuple[str, str]:
@@ -81,9 +83,14 @@ def _written(flight: Flight) -> tuple[str, str]:
     return field(entry.job_id, entry.execution), entry.text
 
 
-def _entry(name: str, text: bytes) -> Entry:
-    job_id, _, execution = name.partition(":")
-    return Entry(job_id, execution, **json.loads(text))
+def _entry(name: bytes, text: bytes) -> Entry | None:
+    try:
+        job_id, _, execution = name.decode().partition(":")
+        said = json.loads(text)
+        entry = Entry(job_id, execution, str(said["queue"]), int(said["tokens"]))
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+        return None
+    return entry if is_id(job_id) else None
 
 
 def field(job_id: str, execution: str = "") -> str:
