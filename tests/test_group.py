@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from worker.group import Chosen, Neighbours, Plan, Waiting
 from worker.sequence import Tokens
+from worker.trie import WIDTH
 
 Path = tuple[int, ...]
 
@@ -287,3 +288,15 @@ def test_a_plan_that_lives_long_does_not_grow() -> None:
     assert len(plan) == 20
     root = queue._trie.root
     assert root.ranks is None or len(root.ranks) <= 4 * 5 + 16
+
+
+def test_a_prompt_that_agrees_with_the_last_one_is_found_where_nodes_were_joined() -> None:
+    plan = Plan(min_branch_tokens=1)
+    plan.add([Waiting("last", tokens([1, 2, 3, 4, 5])), Waiting("other", tokens([1, 9, 9]))])
+    assert ids(plan.next(1)) == ["last"]
+    plan.remove(["last"])
+    plan.add([Waiting("near", tokens([1, 2, 3, 4, 7]))])
+    assert plan.num_bytes, "it is in the tree before the other leaves"
+    plan.remove(["other"])
+    trie = plan._queues[0]._grown()
+    assert trie.held(plan._last) == (trie.root.largest(), 4 * WIDTH)

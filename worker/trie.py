@@ -178,6 +178,8 @@ class Trie:
         while node.parent is not None and (not node.open or node.end - len(node.segment) >= depth):
             depth = min(depth, node.end - len(node.segment))
             node = node.parent
+        if depth < node.end:  # nodes that were joined since may agree with more of it
+            depth += shared(key, depth, node.segment[depth - node.end :])
         while depth == node.end and (child := node.child(key)) is not None and child.open:
             depth += shared(key, depth, child.segment)
             node = child  # in its middle, if the prompt left its segment
