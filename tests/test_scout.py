@@ -420,6 +420,15 @@ def test_the_job_of_which_a_scout_died_is_named_and_the_others_are_offered_by_a_
     wait_until_idle(scout)
 
 
+def test_a_suspect_that_has_no_name_suspects_nobody(redis: Redis, window: Window) -> None:
+    (job,) = enqueue(redis, "hello")
+    redis.hset(keys.SUSPECTS, b"\xff", str(Suspicion(limit=1)))
+    window.look()
+    window.fetch()
+    window.prepare(1.0)
+    assert [(one.job_id, one.limit) for one in window.offer(1)] == [(job.id, 0)]
+
+
 def test_what_a_scout_died_of_before_is_prepared_when_all_others_are_offered(
     redis: Redis, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

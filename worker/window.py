@@ -265,7 +265,7 @@ class Window:
                 self._list(pipe)
                 listed = pipe.execute()
         *listed, suspects = listed
-        known = {job_id.decode(): Suspicion.parse(text) for job_id, text in suspects.items()}
+        known = {to_text(raw_id): Suspicion.parse(text) for raw_id, text in suspects.items()}
         self._suspects = {job_id: suspicion.limit for job_id, suspicion in known.items() if suspicion}
         self._feared = {job_id for job_id, suspicion in known.items() if suspicion and suspicion.at_once}
         present: dict[str, int] = {}
