@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from pydantic import ValidationError
 from redis import Redis
@@ -24,8 +23,6 @@ from producer.broker import Broker, connect
 from producer.request import check_id
 from producer.state import State, read
 from producer.waiting import Wait, Watch, warn
-
-_MS: Final = timedelta(milliseconds=1)
 
 
 class Ticket:
