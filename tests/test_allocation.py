@@ -90,7 +90,7 @@ def answers(run: Bench, prompts: dict[str, Prompt]) -> None:
 
 def test_a_running_row_whose_tail_could_not_be_shortened_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     run = bench(endless(), alone=endless(), max_rows=4)
-    plain, body, failed = Tails.drop_front, [(7 * i) % 290 for i in range(60)], []
+    plain, body, failed = Tails.drop_front, [(7 * i) % 290 for i in range(60)], list[int]()
 
     def once(tails: Tails, row: int, count: int, stop: int) -> None:
         if not failed:
