@@ -11,7 +11,7 @@ import pytest
 from tests.engines import Bench, alone, bench, prompt
 from tests.models import tiny
 from worker.kv import Batch, Path
-from worker.sequence import Finished, Prompt
+from worker.sequence import Event, Finished, Prompt
 from worker.tails import Tails
 
 LAYERS = 3
@@ -111,15 +111,44 @@ def test_a_running_row_whose_tail_could_not_be_shortened_keeps_what_it_had(monke
     answers(run, prompts)
 
 
-def test_a_step_without_memory_moves_no_row_while_all_of_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def decoding() -> tuple[Bench, dict[str, Prompt]]:
+    """Return an engine in which six jobs decode."""
     run = bench(endless(), alone=endless(), max_rows=6)
     prompts = {str(i): prompt([i, *range(20, 40 + i)], 20) for i in range(6)}
     for job_id, job in prompts.items():
         run.engine.add(job_id, job)
     while len(run.engine.running) < len(prompts):
         assert not run.engine.step()
+    return run, prompts
+
+
+def test_a_step_without_memory_moves_no_row_while_all_of_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, prompts = decoding()
     with monkeypatch.context() as patch:
         failing_at(patch, 1, calls=100)
         assert not run.engine._guarded(lambda: run.engine._decode(False), run.engine._running.rows)
     run.run({})
     answers(run, prompts)
+
+
+@pytest.mark.parametrize("what", ["aborted", "failed"])
+def test_all_rows_run_again_where_none_can_take_the_place_of_one_that_leaves(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, prompts = decoding()
+    first = run.engine.running[0]
+
+    def fails() -> list[Event]:
+        raise FULL
+
+    with monkeypatch.context() as patch:
+        failing_at(patch, 1, calls=100)
+        if what == "aborted":
+            run.engine.abort(first)
+            del prompts[first]
+        else:
+            assert not run.engine._guarded(fails, run.engine._running.rows[:1])
+    assert run.engine.running == []
+    run.run({})
+    answers(run, prompts)
+    assert run.ended.keys() == prompts.keys()

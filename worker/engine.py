@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from common.errors import InternalError, OutOfMemory, RadixqError, Unsupported
+from common.errors import Cancelled, InternalError, OutOfMemory, RadixqError, Unsupported
 from common.log import logger
 from worker import hook, platform
 from worker.cache import NOTHING, Limits, Need, PrefixCache, Reuse
@@ -80,9 +80,10 @@ class Engine:
 
     def abort(self, job_id: str) -> None:
         """Forget a job, wherever it is; nothing more is said of it. Unknown ids are ignored."""
-        for index, row in enumerate(self._running.rows):
+        for row in self._running.rows:
             if row.id == job_id:
-                self._running.leave(index)
+                row.aborted = True
+                self._guarded(partial(self._give_up, [row], Cancelled("aborted"), 1), self._running.rows)
                 return
         for row in self._filling:
             if row.id == job_id:
@@ -333,7 +334,9 @@ class Engine:
                 self._intake.poison(prefix)
                 self._count(poisoned_nodes=1)
                 log.warning("a shared prefix failed", extra={"tokens": fill.width, "waiting": len(failing)})
-        events = self._give_up(failing, error, company)
+        others = [row for row in self._running.rows if row not in failing]
+        give_up = partial(self._give_up, failing, error, company)
+        events = self._guarded(give_up, [*failing, *others]) if others else give_up()
         if isinstance(error, OutOfMemory):
             self.cache.evict(self.cache.tree.nbytes // 2)
             mx.clear_cache()
@@ -343,7 +346,7 @@ class Engine:
         """Take rows out of wherever they are; they go next, so many together, unless they ran alone already."""
         events: list[Event] = []
         again: list[Row] = []
-        for index in reversed(range(len(self._running))):  # if all leave, none is moved: that would take memory
+        for index in reversed(range(len(self._running))):  # if all leave, none is moved, and this cannot fail
             if self._running.rows[index] in rows:
                 self._running.leave(index)
         for row in rows:
