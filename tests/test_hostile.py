@@ -143,6 +143,17 @@ PAYLOADS: dict[str, tuple[Callable[[], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"repeats_left": 2, "repeat_intervals": "[1]"}, "Repeat"),
+        ({"rate_limit_key": "k", "rate_limit_concurrency": 1}, "RateLimit"),
+    ],
+)
+def test_what_rq_offers_and_we_do_not_is_refused_by_name(house: House, asked: dict[str, Any], name: str) -> None:
+    house.refused(house.put(f"asks-for-{name}", **asked), f"RQ's {name} is not supported", code="unsupported")
+
+
 @pytest.mark.parametrize("what", PAYLOADS)
 def test_a_payload_that_is_none_fails_with_a_reason(house: House, what: str) -> None:
     make, says = PAYLOADS[what]

@@ -12,8 +12,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rq.job import Job, JobStatus
-from rq.rate_limit import release_slot
-from rq.repeat import Repeat
 from rq.results import Result
 from rq.utils import now, utcformat
 from rq.worker import BaseWorker
@@ -33,7 +31,6 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
     append_success(worker, [flight], pipe)
     pipe.execute()
     queue.enqueue_ready_jobs_by_queue(ready)
-    release_slot(job)
 
 
 def append_success(worker: BaseWorker, flights: Sequence[Flight], pipe: Pipeline) -> None:
@@ -42,11 +39,8 @@ def append_success(worker: BaseWorker, flights: Sequence[Flight], pipe: Pipeline
         job = flight.job
         ttl = job.get_result_ttl(worker.default_result_ttl)
         _finish(worker, flight, ttl, pipe)
-        if job.repeats_left:
-            Repeat.schedule(job, flight.queue, pipeline=pipe)
-        else:
-            job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
-            job._status = JobStatus.FINISHED
+        job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
+        job._status = JobStatus.FINISHED
         worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
     if flights:
         pipe.hincrby(worker.key, "successful_job_count", len(flights))
@@ -62,11 +56,6 @@ def _finish(worker: BaseWorker, flight: Flight, ttl: int, pipe: Pipeline) -> Non
     Result.create(job, Result.Type.SUCCESSFUL, return_value=value, ttl=ttl, pipeline=pipe, **of)
     if ttl != 0:
         job.finished_job_registry.add(job, ttl, pipe)
-
-
-def is_plain(flight: Flight) -> bool:
-    """Whether nothing but the job itself changes when it succeeds, as long as no other job depends on it."""
-    return not flight.job.repeats_left and not flight.job.has_rate_limit
 
 
 def fail(worker: BaseWorker, flight: Flight, pipe: Pipeline, reason: str, *, retry: bool) -> None:
@@ -94,7 +83,6 @@ def after_failure(flight: Flight, *, retry: bool) -> None:
     """Do what RQ does once a failure is written."""
     if not retry:
         flight.queue.enqueue_dependents(flight.job)
-    release_slot(flight.job)
 
 
 def _took(job: Job) -> timedelta:

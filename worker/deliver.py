@@ -166,11 +166,10 @@ class Outbox:
 
         The others, and all of them if somebody touched one meanwhile, are for `_deliver`.
         """
-        plain = [flight for flight in flights if books.is_plain(flight)]
-        if not plain:
+        if not flights:
             return []
         try:
-            with fence(self._worker, plain) as (pipe, held):
+            with fence(self._worker, flights) as (pipe, held):
                 plain = [flight for flight in held if flight.status == JobStatus.STARTED and not flight.awaited]
                 pipe.multi()
                 books.append_success(self._worker, [self._succeeded(flight) for flight in plain], pipe)

@@ -18,7 +18,7 @@ from rq.queue import Queue
 from rq.worker import BaseWorker, WorkerStatus
 
 from common import history, keys
-from common.errors import Expired
+from common.errors import Expired, Unsupported
 from common.log import logger
 from worker import reject
 from worker.flight import Clock, Flight, enqueued_at, iso
@@ -255,7 +255,7 @@ class Drain:
             pipe.persist(job.key)
             pipe.lrem(queue.intermediate_queue_key, 1, job.id)
             flight = Flight(job, queue, execution, started_at=started_at, suspicion=item.suspicion)
-            flight.error = Expired(EXPIRED) if late else None
+            flight.error = Expired(EXPIRED) if late else _unsupported(job)
             taken.append((candidate, flight))
         if taken:
             self.ledger.start([flight for _, flight in taken], pipe)
@@ -307,6 +307,11 @@ class Drain:
 def in_order(flights: Iterable[Flight]) -> list[Flight]:
     """Return the flights in the order in which their jobs came; equal times stay as they are."""
     return sorted(flights, key=lambda flight: enqueued_at(flight.job))
+
+
+def _unsupported(job: QueuedJob) -> Unsupported | None:
+    asked = job.unsupported
+    return Unsupported(f"RQ's {asked} is not supported here; enqueue the job without it") if asked else None
 
 
 def _why_not(raw: Mapping[bytes, bytes], executions: int, ours: bool) -> str:
