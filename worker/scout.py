@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -45,6 +46,9 @@ _BLOCK_S: Final = 2  # of one BLMOVE; less than SOCKET_S
 _BACKOFF_S: Final = 1.0
 _SLICE_S: Final = 0.02  # of preparing, between two looks at the pipe
 _NICE: Final = 5  # the engine's thread and RQ go first
+_TOO_LONG: Final = (
+    "transformers.tokenization_utils_base"  # its logger warns of "indexing errors" where we refuse a prompt
+)
 _NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM)  # are for the worker, which closes the pipe when it ends
 _ENDING_S: Final = 5.0  # for the child, before it is killed
 _START: Final = (
@@ -346,4 +350,5 @@ def _load(settings: Settings) -> LoadedTokenizer:
 
     if settings.model_path is None:
         raise ModelNotLoaded("MLX_MODEL_PATH is not set: give a directory, a .gguf file or a hub id")
+    logging.getLogger(_TOO_LONG).setLevel(logging.ERROR)
     return load_tokenizer(settings.model_path, max_image_pixels=settings.max_image_pixels)
