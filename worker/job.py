@@ -44,14 +44,14 @@ _FIELDS: Final = (
     "stopped_callback_timeout", "dependency_ids", "dependency_id", "allow_dependency_failures", "enqueue_at_front",
     "ttl", "meta", "number_of_retries", "retries_left", "retry_intervals", "enqueue_at_front_on_retry",
 )  # fmt: skip
-_UNSUPPORTED: Final = {"repeats_left": "Repeat", "rate_limit_key": "RateLimit"}
+_UNSUPPORTED: Final = {b"repeats_left": "Repeat", b"rate_limit_key": "RateLimit"}
 _YEAR_S: Final = 365 * 86_400
 
 # The fields of one job that are small enough. KEYS: its hash. ARGV: bounds of payload and field. The names are in the
 # script, since 30 arguments per job take longer to pack than a longer text.
 _READ: Final = (
     "local names = {'"
-    + "','".join((*_FIELDS, *_UNSUPPORTED))
+    + "','".join((*_FIELDS, *map(bytes.decode, _UNSUPPORTED)))
     + """'}
 local answer = {}
 if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return answer end
@@ -146,9 +146,8 @@ class QueuedJob(Job):
         if not raw_data:
             raise NoSuchJobError(f"No such job: {self.key}")
         self.packed = raw_data.get(b"data", b"")
-        self.unsupported = next((name for field, name in _UNSUPPORTED.items() if raw_data.get(field.encode())), None)
-        left_out = {field.encode() for field in _UNSUPPORTED}
-        super().restore({name: value for name, value in raw_data.items() if name not in left_out} | {b"data": b""})
+        self.unsupported = next((name for field, name in _UNSUPPORTED.items() if raw_data.get(field)), None)
+        super().restore({name: raw_data[name] for name in raw_data.keys() - _UNSUPPORTED} | {b"data": b""})
         self.timeout = _timeout(cast("int | None", self.timeout))
         self.ttl = None
         if self.retries_left is not None:

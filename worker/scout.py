@@ -46,9 +46,7 @@ _BLOCK_S: Final = 2  # of one BLMOVE; less than SOCKET_S
 _BACKOFF_S: Final = 1.0
 _SLICE_S: Final = 0.02  # of preparing, between two looks at the pipe
 _NICE: Final = 5  # the engine's thread and RQ go first
-_TOO_LONG: Final = (
-    "transformers.tokenization_utils_base"  # its logger warns of "indexing errors" where we refuse a prompt
-)
+_TOO_LONG: Final = "transformers.tokenization_utils_base"  # warns of "indexing errors" where we refuse a prompt
 _NOT_OURS: Final = (signal.SIGINT, signal.SIGTERM)  # are for the worker, which closes the pipe when it ends
 _ENDING_S: Final = 5.0  # for the child, before it is killed
 _START: Final = (
