@@ -93,7 +93,7 @@ def attend(size: Size, runs: int) -> Figures:
     }
     for name in ours:
         division = Division([([tuple(shared)], range(b))], b, always(name), 1)
-        work[name] = lambda division=division: division.attend(queries, *tails, 0, mask=None, scale=d**-0.5)
+        work[name] = lambda division=division: division.attend(queries, [(*tails, None)], 0, scale=d**-0.5)
     right = work["copied"]()
     errors = {f"{name}_error": float(mx.max(mx.abs(work[name]() - right))) for name in ours}
     ms = medians(interleaved(work, runs))
@@ -231,7 +231,7 @@ def cached(size: Size, times: int) -> Figures:
         kept.lock(found.node)
         batch = Batch(size.layers)
         batch.open([Path([(step.payload, len(step.tokens)) for step in found.node.path()])])
-        assert batch.division.shares
+        assert batch.division.parts[0].plan.segments
         wall.append((time.perf_counter() - began) * 1e3)
         cpu.append((time.thread_time() - cpu_began) * 1e3)
         kept.release(found.node)

@@ -73,7 +73,7 @@ def test_rows_go_on_in_every_layer_when_others_could_not_join_in_all_of_them(
     with monkeypatch.context() as patch:
         failing_at(patch, layer)
         with pytest.raises(RuntimeError, match="Unable to allocate"):
-            batch.join(other, 40)
+            batch.join(other, [40, 40])
     model = Marks()
     for step in range(7, 20):
         batch.forward(model, np.array([[step], [step]], np.int32), [1, 1])

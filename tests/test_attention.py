@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models import tiny
-from worker import hook
+from worker import attention, hook
 from worker.attention import PRODUCT_TOKENS, Layers
 from worker.forms import FORMS, Choose, Division, always
 
@@ -36,11 +36,8 @@ def copied(queries: mx.array, keys: mx.array, values: mx.array, shared: Shared, 
         above = [layers[0] for layers, rows in shared if b in rows]
         k = mx.concatenate([*(k for k, _ in above), keys[b : b + 1]], axis=2)
         v = mx.concatenate([*(v for _, v in above), values[b : b + 1]], axis=2)
-        own = (
-            mx.ones((1, 1, queries.shape[2], keys.shape[2]), mx.bool_)
-            if mask is None
-            else mask[b % mask.shape[0]][None]
-        )
+        last = keys.shape[2] - queries.shape[2] + mx.arange(queries.shape[2])[:, None]
+        own = (mx.arange(keys.shape[2]) <= last)[None, None] if mask is None else mask[b][None]
         sees = mx.concatenate([mx.ones((1, 1, queries.shape[2], k.shape[2] - keys.shape[2]), mx.bool_), own], axis=-1)
         outs.append(mx.fast.scaled_dot_product_attention(queries[b : b + 1], k, v, scale=D**-0.5, mask=sees))
     return mx.concatenate(outs)
@@ -56,16 +53,15 @@ CASES: dict[str, list[tuple[int, list[int]]]] = {
 
 
 def batch(case: str, length: int) -> tuple[mx.array, mx.array, mx.array, Shared, mx.array | None]:
-    shared: Shared = [(kv(p, 10 * i + 50), rows) for i, (p, rows) in enumerate(CASES[case])]
+    shared: Shared = [(kv(p, 10 * i + 50), rows) for i, (p, rows) in enumerate(CASES.get(case, []))]
     q, k, v = rand(5, H, length, D, seed=0), rand(5, N, 12, D, seed=1), rand(5, N, 12, D, seed=2)
-    last = mx.array([3, 11, 0, 7, 5])[:, None, None, None] if length == 1 else mx.array([8])[:, None, None, None]
-    mask = mx.arange(12) <= last + mx.arange(length)[None, None, :, None]
-    return q, k, v, shared, mask
+    mask = mx.arange(12) <= mx.array([3, 11, 0, 7, 5])[:, None, None, None]
+    return q, k, v, shared, mask if length == 1 else None
 
 
 def attend(choose: Choose, q: mx.array, k: mx.array, v: mx.array, shared: Shared, mask: mx.array | None) -> mx.array:
     division = Division(shared, q.shape[0], choose, q.shape[2])
-    return division.attend(q, k, v, 0, mask=mask, scale=D**-0.5)
+    return division.attend(q, [(k, v, mask)], 0, scale=D**-0.5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,6 +71,40 @@ def test_shared_segments_give_what_copies_give(form: str, length: int, case: str
     ours = attend(always(form), q, k, v, shared, mask)
     assert ours.shape == q.shape
     assert float(mx.abs(ours - copied(q, k, v, shared, mask)).max()) < 2e-6
+
+
+@pytest.mark.parametrize("case", [*CASES, "none"])
+@pytest.mark.parametrize(("form", "length"), [step for step in STEPS if step[0] in ("merged", "virtual")])
+def test_attention_by_blocks_of_columns_gives_the_same(
+    form: str, length: int, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row's first block may be the only one that it sees, and a mask may begin within one."""
+    monkeypatch.setattr(attention, "_LEAST_COLUMNS", 5)
+    monkeypatch.setattr(attention, "_MOST_SCORES", 1)
+    q, k, v, shared, mask = batch(case, length)
+    ours = attend(always(form), q, k, v, shared, mask)
+    assert float(mx.abs(ours - copied(q, k, v, shared, mask)).max()) < 2e-6
+
+
+BUCKETS = {"one": [[0, 1, 2, 3, 4]], "two": [[2, 0], [1, 4, 3]], "a row each": [[3], [1], [0], [4], [2]]}
+
+
+@pytest.mark.parametrize("buckets", BUCKETS)
+@pytest.mark.parametrize("case", [*CASES, "none"])
+@pytest.mark.parametrize("form", [*DECODING, "mixed"])
+def test_tails_in_several_buckets_give_what_they_give_in_one(form: str, case: str, buckets: str) -> None:
+    q, k, v, shared, mask = batch(case, 1)
+    assert mask is not None
+    right = copied(q, k, v, shared, mask)
+    names = ["packed", "virtual", "merged"]
+    choose: Choose = (lambda rows, _, tokens: names[(rows + tokens) % 3]) if form == "mixed" else always(form)
+    held = []
+    for rows in BUCKETS[buckets]:
+        columns = 1 + max([3, 11, 0, 7, 5][row] for row in rows)
+        pick = mx.array(rows)
+        held.append((k[pick][:, :, :columns], v[pick][:, :, :columns], mask[pick][..., :columns]))
+    division = Division(shared, 5, choose, 1, BUCKETS[buckets])
+    assert float(mx.abs(division.attend(q, held, 0, scale=D**-0.5) - right).max()) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])

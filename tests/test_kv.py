@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from worker.kv import KV, Batch, Path
+from worker.kv import KV, Batch, LayerCache, Path
 from worker.tails import detached
 
 N, D, LAYERS = 2, 4, 3
@@ -114,11 +114,16 @@ def test_a_batch_grows_for_new_rows_and_columns_and_shrinks_again() -> None:
 def test_the_mask_shows_each_row_its_own_tail_up_to_the_new_token() -> None:
     batch, other = opened(1), opened(1)
     feed(batch, 3, 1)
-    assert batch.mask(1) is None
-    assert np.array(batch.mask(2))[0, 0].astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    feed(other, 1, 2)
+    cache = LayerCache(batch, 0)
+    assert cache.make_mask(1) is None
+    assert cache.make_mask(2) == "causal"
+    shown = cache.make_mask(2, return_array=True)
+    assert np.array(shown).astype(int).tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    feed(other, 2, 2)
     batch.join(other)
-    assert np.array(batch.mask(1))[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    feed(batch, 1, 3)
+    ((_, _, mask),) = batch.read(0)
+    assert np.array(mask)[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_what_is_dropped_from_the_front_leaves_the_rest_in_place() -> None:

@@ -87,7 +87,7 @@ def test_nan_in_one_company_is_noticed() -> None:
 
 def test_scores_passed_as_the_mask_are_not_shared() -> None:
     def additive(mask: Any) -> Any:
-        return mask if mask is None or isinstance(mask, str) else mx.where(mask, 0.0, -mx.inf)
+        return mask if isinstance(mask, str) else mx.zeros((1, 1, 1, 1))
 
     assert probe.reuse(peculiar(sees=additive), CONTEXT) == "copied"
 

@@ -96,7 +96,8 @@ def test_an_answer_cut_inside_a_character_ends_before_it(text: str) -> None:
 @given(st.lists(st.integers(0, 309), max_size=60))
 def test_random_tokens_give_the_text_of_decode_but_for_a_last_character_cut_off(ids: list[int]) -> None:
     text, whole = streamed(BYTE_LEVEL, ids), BYTE_LEVEL.decode(ids, skip_special_tokens=True)
-    assert whole in (text, text + "\ufffd")
+    assert whole.startswith(text)
+    assert whole[len(text) :] in ("", "\ufffd", "\ufffd\ufffd")  # two where it begins as half of a surrogate pair
 
 
 @given(st.binary(max_size=40))

@@ -25,7 +25,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -33,6 +34,9 @@ import numpy as np
 
 PRODUCT_TOKENS = 128
 """Segments shorter than this are attended in one masked product together: many small products cost more."""
+_LEAST_COLUMNS = 64
+_MOST_SCORES = 1 << 26 if mx.metal.is_available() else 3 << 19
+"""So many scores are computed in one go: on the CPU what its caches hold, elsewhere 256 MB."""
 
 _TWO = mx.array(2.0)
 _LOG2_E = math.log2(math.e)
@@ -100,54 +104,65 @@ class Partial(NamedTuple):
     total: mx.array
 
 
+class Tail(NamedTuple):
+    """The tails of some rows, in one buffer [b, N, S, D] whose last columns are the new tokens.
+
+    Attributes:
+        mask: which columns each row sees, boolean [b, 1, 1, S], where they are not all equally long; the new tokens of
+            a prefill see each other as they follow.
+        rows: their numbers among those that a form computes; None where they are all of these, in order.
+    """
+
+    keys: mx.array
+    values: mx.array
+    mask: mx.array | None
+    rows: mx.array | None
+
+
+class Private(NamedTuple):
+    """All tails that a form computes; `back` sorts their rows by number where there are several."""
+
+    tails: Sequence[Tail]
+    back: mx.array | None
+
+
 # -- the forms -------------------------------------------------------------------------------------------------------
 
 
-def packed(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
-) -> mx.array:
-    """Attend in one softmax for all rows; every row must read every segment of the plan.
+def packed(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
+    """Attend in one softmax for all rows; every row must read every segment of the plan. Without one: plainly.
 
     Args, of all forms:
         queries: [B, H, L, D]; the result is [B, H, L, Dv].
-        keys, values: the tails, [B, N, S, D].
-        mask: boolean [B or 1, 1, L, S] over the tails; None lets every query see the whole tail.
     """
     if not plan.segments:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return _plain(queries, private, scale)
     b, h, length, d = queries.shape
-    n, s = keys.shape[1], keys.shape[2]
+    n = private.tails[0].keys.shape[1]
     above = [segment.layers[layer] for segment in plan.segments]
-    all_k = mx.concatenate([*(k for k, _ in above), _fold(keys)], axis=2)
-    all_v = mx.concatenate([*(v for _, v in above), _fold(values)], axis=2)
-    own = mx.ones((1, 1, length, s), mx.bool_) if mask is None else mask
-    own = mx.broadcast_to(own, (b, 1, length, s))[:, 0, :, None, :]
-    mine = mx.eye(b, dtype=mx.bool_)[:, None, :, None] & own  # [B, L, B, S]
-    shared = mx.ones((b, length, all_k.shape[2] - b * s), mx.bool_)
-    sees = mx.concatenate([shared, mine.reshape(b, length, b * s)], axis=-1)[:, None]
+    all_k = mx.concatenate([*(k for k, _ in above), *(_fold(tail.keys) for tail in private.tails)], axis=2)
+    all_v = mx.concatenate([*(v for _, v in above), *(_fold(tail.values) for tail in private.tails)], axis=2)
+    shared = mx.ones((b, length, sum(segment.num_tokens for segment in plan.segments)), mx.bool_)
+    sees = mx.concatenate([shared, *(_owned(tail, b, length) for tail in private.tails)], axis=-1)[:, None]
     sees = mx.broadcast_to(sees, (b, h // n, *sees.shape[2:])).reshape(1, 1, b * (h // n) * length, -1)
     folded = _fold(queries.reshape(b, n, -1, d))
     out = mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees)
     return _unfold(out, b).reshape(b, h, length, -1)
 
 
-def merged(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
-) -> mx.array:
+def merged(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
     """Attend to every segment once for all its rows, and join the parts."""
-    grouped, whole = _tails(queries, keys, values, mask, scale)
+    grouped, whole = _own(queries, private, scale)
     whole = _with_segments(whole, grouped, plan, plan.large, layer, scale)
     return (whole.out / whole.total).astype(queries.dtype).reshape(*queries.shape[:3], -1)
 
 
-def virtual(
-    queries: mx.array, keys: mx.array, values: mx.array, plan: Plan, layer: int, *, mask: mx.array | None, scale: float
-) -> mx.array:
+def virtual(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
     """Attend as merged, but to the largest segments by one fused operation each. One new token per row.
 
     A query too small for its virtual key to be a finite number gives NaN, so the step runs again in another form.
     """
-    grouped, whole = _tails(queries, keys, values, mask, scale)
+    grouped, whole = _own(queries, private, scale)
     others = [segment for segment in plan.large if segment not in plan.fused]
     whole = _with_segments(whole, grouped, plan, others, layer, scale)
     out, seen = (whole.out / whole.total).astype(queries.dtype), (whole.top + mx.log2(whole.total)) / _LOG2_E
@@ -171,14 +186,46 @@ def _with_virtual_tokens(
     return _unfold(mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees), len(queries))
 
 
-def _tails(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float
-) -> tuple[mx.array, Partial]:
+def _plain(queries: mx.array, private: Private, scale: float) -> mx.array:
+    """Attend to the tails alone, a bucket at a time."""
+    outs = []
+    for tail in private.tails:
+        own = queries if tail.rows is None else queries[tail.rows]
+        mask = "causal" if queries.shape[2] > 1 else tail.mask
+        outs.append(mx.fast.scaled_dot_product_attention(own, tail.keys, tail.values, scale=scale, mask=mask))
+    return outs[0] if private.back is None else mx.concatenate(outs)[private.back]
+
+
+def _own(queries: mx.array, private: Private, scale: float) -> tuple[mx.array, Partial]:
     """Return the queries as [B, N, T, D], L fastest, and their attention to the tails."""
-    b, h, _, d = queries.shape
-    n = keys.shape[1]
+    b, h, length, d = queries.shape
+    n = private.tails[0].keys.shape[1]
     grouped = queries.reshape(b, n, -1, d)
-    return grouped, _partial(grouped, keys, values, None if mask is None else mx.tile(mask, (1, 1, h // n, 1)), scale)
+    order = mx.tile(_follow(length), (h // n, 1)) if length > 1 else None
+    parts = [
+        _partial(grouped if rows is None else grouped[rows], k, v, mask if order is None else order, scale)
+        for k, v, mask, rows in private.tails
+    ]
+    return grouped, parts[0] if private.back is None else Partial(
+        *(mx.concatenate(list(x))[private.back] for x in zip(*parts, strict=True))
+    )
+
+
+def _follow(length: int) -> mx.array:
+    """Return which new tokens each new token sees, boolean [L, L]."""
+    return mx.arange(length) <= mx.arange(length)[:, None]
+
+
+def _owned(tail: Tail, num_rows: int, length: int) -> mx.array:
+    """Return which of the tails' columns, side by side, each row's queries see: boolean [B, L, b * S]."""
+    rows, columns = tail.keys.shape[0], tail.keys.shape[2]
+    numbers = mx.arange(rows) if tail.rows is None else tail.rows
+    mine = (mx.arange(num_rows)[:, None] == numbers)[:, None, :, None]
+    if length > 1:
+        sees = mx.concatenate([mx.ones((length, columns - length), mx.bool_), _follow(length)], axis=1)[None, :, None]
+    else:
+        sees = mx.ones((1, 1, 1, columns), mx.bool_) if tail.mask is None else tail.mask[:, 0, 0][None, None]
+    return mx.broadcast_to(mine & sees, (num_rows, length, rows, columns)).reshape(num_rows, length, -1)
 
 
 def _with_segments(
@@ -211,6 +258,24 @@ def _shared_partial(
 
 
 def _partial(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> Partial:
+    """Attend with [B, N, T, D] to keys and values, in blocks of columns; the mask is over the last of them.
+
+    A block's scores are read five times: on the CPU they should not leave its caches between.
+    """
+    columns = keys.shape[2]
+    open_to_all = columns - (0 if mask is None else mask.shape[-1])
+    size = max(_LEAST_COLUMNS, _MOST_SCORES // math.prod(queries.shape[:3]))
+    starts = [*range(0, open_to_all, size), *range(open_to_all, columns, size), columns]
+    blocks = []
+    for start, stop in pairwise(starts):
+        sees = (
+            mask[..., start - open_to_all : stop - open_to_all] if mask is not None and start >= open_to_all else None
+        )
+        blocks.append(_block(queries, keys[:, :, start:stop], values[:, :, start:stop], sees, scale))
+    return reduce(_merge, blocks)
+
+
+def _block(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None, scale: float) -> Partial:
     if queries.dtype == mx.float32:
         scores = (queries * (scale * _LOG2_E)) @ keys.swapaxes(-1, -2)
     else:  # log2(e) would round the queries; most models' scale is a power of two and does not

@@ -170,6 +170,11 @@ class PrefixCache:
         """Layers of the model."""
         return self._loaded.num_layers
 
+    @property
+    def pinned_tokens(self) -> int:
+        """Tokens that rows read in the tree, each once."""
+        return self.tree.pinned_bytes // max(1, self._loaded.kv_bytes_per_token)
+
     def tail_tokens(self, row: Row) -> int:
         """Return how many tokens a row can come to hold of its own; the last of its answer is never computed."""
         return row.longest - 1 - (row.prefix_tokens if self.reuse == "shared" else 0)

@@ -34,7 +34,8 @@ BUDGET_S = 1.0  # for all measurements; what does not fit goes by the nearest th
 POINT_S, MIN_RUNS, MAX_RUNS = 0.05, 2, 8  # as many runs as fit into this time, within bounds
 TAIL_TOKENS = 64
 DECODE = [(1, 1, 64), (4, 1, 64), (1, 1, 512), (16, 1, 64), (4, 1, 512), (1, 1, 2048), (16, 1, 512), (4, 1, 2048)]
-PREFILL = [(1, 64, 512), (1, 64, 2048)]
+PREFILL = [(1, 64, 512), (1, 64, 2048), (1, 128, 0)]
+OWN_TOKENS = 1024  # of a row that prefills without a segment
 _ERROR = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}  # of values of about 1
 
 log = logger("worker.crossover")
@@ -53,7 +54,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Milliseconds by form for `rows` rows with `new_tokens` each, over one segment of `tokens`."""
+    """Milliseconds by form for `rows` rows with `new_tokens` each, over one segment of `tokens`, if not 0."""
 
     rows: int
     new_tokens: int
@@ -74,7 +75,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """A choice of form by what was measured nearest; the merged form where nothing was."""
+    """The form that was measured fastest nearest by; where nothing was, merged, and plain where no segment is."""
 
     points: tuple[Point, ...] = ()
 
@@ -82,16 +83,21 @@ class Crossover:
         """Return the name of the form for a segment; a `worker.forms.Choose`."""
 
         def distance(point: Point) -> float:
-            return abs(math.log(point.rows / rows)) + abs(math.log(point.tokens / max(1, tokens)))
+            return abs(math.log(point.rows / rows)) + abs(math.log(max(1, point.tokens) / max(1, tokens)))
 
-        alike = [point for point in self.points if (point.new_tokens == 1) == (new_tokens == 1)]
-        return min(alike, key=distance).best if alike else "merged"
+        alike = [
+            point
+            for point in self.points
+            if (point.new_tokens == 1) == (new_tokens == 1) and (point.tokens == 0) == (tokens == 0)
+        ]
+        unmeasured = "merged" if tokens else "alone"
+        return min(alike, key=distance).best if alike else unmeasured
 
     @property
     def words(self) -> str:
         """Say what it chooses, for someone who reads the metrics: `merged from 4 rows x 64 tokens, else packed`."""
         decode = [point for point in self.points if point.new_tokens == 1]
-        prefill = sorted({point.best for point in self.points if point.new_tokens > 1} - {"merged"})
+        prefill = sorted({point.best for point in self.points if point.new_tokens > 1 and point.tokens} - {"merged"})
         said = [_regions(decode), *(f"{name} where prompts are read" for name in prefill)]
         if slower := [_size_text(*_size(point)) for point in sorted(decode, key=_size) if point.copies_win]:
             said.append(f"a copy per row would be faster for {', '.join(slower)}")
@@ -146,17 +152,22 @@ def head_shape(model: Any) -> HeadShape | None:
 def measure(shape: HeadShape, *, budget_s: float) -> Crossover:
     """Time every form at sizes of growing cost, until the budget is spent."""
     until, points = time.perf_counter() + budget_s, list[Point]()
-    for size in sorted([*DECODE, *PREFILL], key=math.prod):
-        if points and time.perf_counter() + _expected_s(points[-1], math.prod(size)) > until:
+    for size in sorted([*DECODE, *PREFILL], key=_work):
+        if points and time.perf_counter() + _expected_s(points[-1], _work(size)) > until:
             break
         points.append(Point(*size, _times(shape, *size)))
     mx.clear_cache()
     return Crossover(tuple(points))
 
 
+def _work(size: tuple[int, int, int]) -> int:
+    rows, new_tokens, tokens = size
+    return rows * new_tokens * (tokens or OWN_TOKENS)
+
+
 def _expected_s(last: Point, work: int) -> float:
     """Return how long a point of so much work takes at least: its arrays are made, and every form runs."""
-    once = sum(last.ms.values()) / 1e3 * work / math.prod((last.rows, last.new_tokens, last.tokens))
+    once = sum(last.ms.values()) / 1e3 * work / _work((last.rows, last.new_tokens, last.tokens))
     return (2 + MIN_RUNS) * once
 
 
@@ -192,17 +203,19 @@ def _attends(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[
     widths, scale = (shape.head_dim, shape.value_dim), shape.head_dim**-0.5
     queries = random(rows, shape.heads, new_tokens, shape.head_dim)
     segment = tuple(random(1, shape.kv_heads, tokens, width) for width in widths)
-    tails = tuple(random(rows, shape.kv_heads, TAIL_TOKENS, width) for width in widths)
+    own = TAIL_TOKENS if tokens else OWN_TOKENS
+    tails = tuple(random(rows, shape.kv_heads, own, width) for width in widths)
     copies = [mx.concatenate([mx.repeat(x, rows, axis=0), y], axis=2) for x, y in zip(segment, tails, strict=True)]
     mx.eval(queries, segment, tails, copies)
-    shared: list[Shared] = [([(segment[0], segment[1])], range(rows))]
+    shared: list[Shared] = [([(segment[0], segment[1])], range(rows))] if tokens else []
+    mask = "causal" if new_tokens > 1 else None
     attends: dict[str, Callable[[], mx.array]] = {
-        COPIES: lambda: mx.fast.scaled_dot_product_attention(queries, *copies, scale=scale)
+        COPIES: lambda: mx.fast.scaled_dot_product_attention(queries, *copies, scale=scale, mask=mask)
     }
     for name, form in FORMS.items():
         if tokens >= form.least_tokens and (form.decodes if new_tokens == 1 else form.prefills):
             division = Division(shared, rows, always(name), new_tokens)
-            attends[name] = partial(division.attend, queries, tails[0], tails[1], 0, mask=None, scale=scale)
+            attends[name] = partial(division.attend, queries, [(tails[0], tails[1], None)], 0, scale=scale)
     return attends
 
 
@@ -228,7 +241,7 @@ def at_load(model: Any, home: Path, device: str) -> Crossover:
 
 
 def _file(home: Path, device: str, shape: HeadShape) -> Path:
-    name = hashlib.sha256(json.dumps([device, asdict(shape)]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([device, asdict(shape), DECODE, PREFILL]).encode()).hexdigest()[:16]
     return home / "crossover" / f"{name}.json"
 
 
@@ -243,7 +256,7 @@ def _read(path: Path, device: str, shape: HeadShape) -> Crossover | None:
         )
     except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
-    sizes = [n for p in points for n in (p.rows, p.new_tokens, p.tokens)]
+    sizes = [n for p in points for n in (p.rows, p.new_tokens, p.tokens + 1)]
     times = [ms for p in points for ms in p.ms.values()]
     sound = all(n > 0 for n in sizes) and all(isinstance(ms, int | float) and 0 < ms < math.inf for ms in times)
     return Crossover(points) if points and sound and all("merged" in p.ms for p in points) else None

@@ -229,8 +229,6 @@ class Engine:
     def _decode(self, alone: bool) -> list[Event]:
         """Give every running row its next token; `alone`: no others are about to join."""
         began = time.perf_counter()
-        if self.cache.reuse == "shared":
-            self._running.even_out()
         self._follow_splits()
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
@@ -346,7 +344,9 @@ class Engine:
         """Take rows out of wherever they are; they go next, so many together, unless they ran alone already."""
         events: list[Event] = []
         again: list[Row] = []
-        for index in reversed(range(len(self._running))):  # if all leave, none is moved, and this cannot fail
+        if all(row in rows for row in self._running.rows):
+            self._running.clear()  # cannot fail: none has to move
+        for index in reversed(range(len(self._running))):
             if self._running.rows[index] in rows:
                 self._running.leave(index)
         for row in rows:

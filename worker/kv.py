@@ -5,19 +5,17 @@ Knows MLX, but no model and no tree. Shape letters as in `worker.attention`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from worker.forms import MERGED, Choose, Division, always
+from worker.buckets import Bucket, Room, cells, made
+from worker.forms import MERGED, Choose, Division, Held, always
 from worker.tails import Tails, detached
-
-GROWTH = 2
-"""Free columns that a tail buffer gets at least when it grows."""
-FREE = 1 / 64
-"""Of what rows that share hold, so much may be free room in buffers; three quarters of it are made when they grow."""
 
 
 class KV:
@@ -70,13 +68,14 @@ class Batch:
     """Rows that run together. A row is a `Path` of shared KV and a tail of its own.
 
     Row b's new tokens go to the columns of `Tails` after its last. Rows join and leave by copying their own tail,
-    never a prefix and never another row's.
+    never a prefix, and never another row's unless buckets have to be made anew.
 
         row 0   path 700 tokens    tail  a b c
         row 1   path 512 tokens    tail  d e f g h
 
     Attributes:
         lengths: tail tokens per row.
+        shown: the mask of the prefill under way, if the model asked for an array.
     """
 
     def __init__(self, num_layers: int, choose: Choose = MERGED, *, columns: int = 0) -> None:
@@ -84,10 +83,12 @@ class Batch:
         self.lengths: list[int] = []
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
-        self._choose, self._soon, self._most = choose, columns, 0
+        self._limits: list[int] = []  # columns that each row's tail can come to
+        self._choose, self._soon, self._roomy = choose, columns, True
         self._tails = Tails(num_layers)
         self._division: Division | None = None
         self._new_tokens = 0
+        self.shown: mx.array | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -116,6 +117,7 @@ class Batch:
         """Add one row with an empty tail per path."""
         self.paths.extend(paths)
         self.lengths.extend(0 for _ in paths)
+        self._limits.extend(sys.maxsize for _ in paths)
         self._division = None
 
     def set_path(self, row: int, path: Path) -> None:
@@ -147,15 +149,17 @@ class Batch:
 
     def _begin(self, new_tokens: int) -> None:
         """Make room for `new_tokens` more per row and fix positions."""
-        if new_tokens > 1 and min(self.lengths) != max(self.lengths):
-            raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
         if (new_tokens == 1) != (self._new_tokens == 1):
             self._division = None  # other forms suit a prefill
         self._new_tokens = new_tokens
         starts = [p.num_tokens + n for p, n in zip(self.paths, self.lengths, strict=True)]
         self.offset = mx.array(starts, mx.int32)
-        needed = self._needed
-        self._tails.reserve(len(self), needed, needed + self._spare(needed, self.paths))
+        needed = [max(self._soon, n + new_tokens) for n in self.lengths]
+        if not self._hold(needed):
+            self._arrange(needed)
+        self._tails.arrange(self._tails.buckets)  # layers that lacked the memory for it before
+        self._tails.begin(self.lengths, new_tokens)
+        self.shown = None
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Cut each row's tail to its real length: what lies behind it was padding."""
@@ -165,50 +169,68 @@ class Batch:
         """Compute the tails and nothing else: the logits of a prefill chunk are never needed."""
         self._tails.evaluate()
 
-    def join(self, other: Batch, most: int = 0) -> None:
-        """Append all rows of `other`, copying their tails; no tail will be longer than `most`, where that is known.
+    def join(self, other: Batch, limits: Sequence[int] = (), *, roomy: bool = True) -> None:
+        """Append all rows of `other`, copying their tails.
 
-        Buffers that have to grow for it are copied, and the old ones dropped, layer by layer. If it raises, this
-        batch still has its rows and no others.
+        Args:
+            limits: how many columns each of them can come to, where that is known.
+            roomy: whether there is memory for more than a little that is free.
+
+        If it raises, this batch still has its rows and no others.
         """
-        paths, lengths = [*self.paths, *other.paths], [*self.lengths, *other.lengths]
-        self._soon, self._most = 0, most
-        needed = max(lengths) + 1
-        width = needed + self._spare(needed, paths)
-        self._tails.join(other._tails, max(other.lengths), len(self), len(lengths), needed, width)
-        self.open(other.paths)
-        self.lengths = lengths
+        first, lengths = len(self), [*self.lengths, *other.lengths]
+        paths, limits = [*self.paths, *other.paths], [*self._limits, *(limits or other._limits)]
+        needed = [n + 1 for n in lengths]
+        room = Room(needed, _shared_tokens(paths), roomy=roomy)
+        buckets = self._filled_up(needed, room) or made(needed, limits, room)
+        self._tails.arrange(buckets, other._tails, first)
+        self.lengths, self.paths, self._limits = lengths, paths, limits
+        self._soon, self._roomy, self._division = 0, roomy, None
+
+    def _filled_up(self, needed: Sequence[int], room: Room) -> list[Bucket] | None:
+        """Return the buckets with new rows in free lines; None if they do not fit, or too much would be free."""
+        buckets = list(self._tails.buckets)
+        for row in range(len(self), len(needed)):
+            fits = [b for b in buckets if len(b.rows) < b.lines and b.columns >= needed[row]]
+            if not fits:
+                return None
+            at = buckets.index(min(fits, key=lambda b: b.columns))
+            buckets[at] = replace(buckets[at], rows=(*buckets[at].rows, row))
+        if any(b.columns < needed[row] for b in buckets for row in b.rows):
+            return None
+        return buckets if cells(buckets) <= sum(needed) + room.most else None
 
     def shrink(self) -> None:
         """Give up the lines of rows that have left, and columns, if they are more than a little of what is held."""
-        needed = max(self.lengths) + 1
-        if self._tails.cells > len(self) * needed + FREE * self._held(needed, self.paths):
-            self._tails.resize(len(self), needed + self._spare(needed, self.paths))
+        needed = [n + 1 for n in self.lengths]
+        room = Room(needed, _shared_tokens(self.paths), roomy=self._roomy)
+        if cells(self._tails.buckets) > sum(needed) + room.most:
+            self._arrange(needed)
 
-    @property
-    def columns(self) -> int:
-        """Columns of the buffers."""
-        return self._tails.columns
+    def _arrange(self, needed: Sequence[int]) -> None:
+        limits = [self._soon] * len(self) if self._soon >= max(needed) else self._limits
+        self._tails.arrange(made(needed, limits, Room(needed, _shared_tokens(self.paths), roomy=self._roomy)))
+        self._division = None
 
-    def holds(self, rows: int, columns: int) -> bool:
-        """Whether the buffers have room for so many rows and columns."""
-        return self._tails.holds(rows, columns)
-
-    @property
-    def most(self) -> int:
-        """Columns that the buffers come to at most, as they grow with the tails."""
-        return max(self._most, self._tails.columns)
+    def _hold(self, needed: Sequence[int]) -> bool:
+        """Whether every row has a line that is long enough."""
+        buckets = self._tails.buckets
+        rows = sum(len(b.rows) for b in buckets)
+        return rows == len(self) and all(b.columns >= needed[row] for b in buckets for row in b.rows)
 
     def leave(self, row: int) -> None:
         """Remove one row; the last row takes its place in every list."""
-        last = len(self) - 1
-        if row != last and self.lengths[last]:
-            self._tails.move(last, row, self.lengths[last])
-        self.lengths[row], self.paths[row] = self.lengths[last], self.paths[last]
-        del self.lengths[last], self.paths[last]
+        self._tails.leave(row, self.lengths)
+        self.lengths[row], self.paths[row], self._limits[row] = self.lengths[-1], self.paths[-1], self._limits[-1]
+        del self.lengths[-1], self.paths[-1], self._limits[-1]
         self._division = None
         if not self.lengths:
-            self._tails.forget()
+            self.clear()
+
+    def clear(self) -> None:
+        """Remove all rows; needs no memory."""
+        self._tails.forget()
+        self.lengths, self.paths, self._limits, self._division = [], [], [], None
 
     def tail(self, row: int, start: int, stop: int, *, last_use: bool = False) -> KV:
         """Copy tokens [start, stop) of one row's tail out.
@@ -232,7 +254,8 @@ class Batch:
         """The rows by form of attention, and the shared segments, each once, with the rows that read it."""
         if self._division is None:
             shared = [(kv.first(used), rows) for kv, used, rows in self._readers.values()]
-            self._division = Division(shared, len(self), self._choose, self._new_tokens or 1)
+            buckets = [held.rows for held in self._tails.buckets] or None
+            self._division = Division(shared, len(self), self._choose, self._new_tokens or 1, buckets)
         return self._division
 
     @property
@@ -243,45 +266,18 @@ class Batch:
                 readers.setdefault((id(kv), used), (kv, used, []))[2].append(row)
         return readers
 
-    def write(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Put the new tokens of all rows, [B, N, L, D], into the tails; return views of the tails, [B, N, S, D]."""
-        return self._tails.write(layer, (keys, values), self.lengths, self._needed)
+    def write(self, layer: int, keys: mx.array, values: mx.array) -> None:
+        """Put the new tokens of all rows, [B, N, L, D], into the tails."""
+        self._tails.write(layer, (keys, values))
 
-    def mask(self, new_tokens: int) -> mx.array | None:
-        """Return which tail columns a query sees, boolean [B or 1, 1, L, S]; None where it sees them all.
+    def read(self, layer: int) -> list[Held]:
+        """Return views of the tails with the new tokens, a bucket at a time."""
+        return self._tails.read(layer)
 
-        Query t of row b sees column c if c <= lengths[b] + t.
-        """
-        aligned = min(self.lengths) == max(self.lengths)
-        if aligned and new_tokens == 1:
-            return None
-        last = (
-            mx.array(self.lengths[:1] if aligned else self.lengths)[:, None, None, None]
-            + mx.arange(new_tokens)[None, None, :, None]
-        )
-        return mx.arange(max(self.lengths) + new_tokens) <= last
 
-    @property
-    def _needed(self) -> int:
-        """Columns that the call under way needs, and those that follow soon."""
-        return max(self._soon, max(self.lengths) + self._new_tokens)
-
-    def _spare(self, columns: int, paths: Sequence[Path]) -> int:
-        """Return how many free columns buffers get that need so many: each time they grow, all tails are copied.
-
-        Where rows share, they are few beside what is shared.
-        """
-        if columns <= self._soon:
-            return 0
-        spare = columns // 16 + 2 * GROWTH
-        if any(path.nodes for path in paths):
-            spare = min(spare, max(GROWTH, int(0.75 * FREE * self._held(columns, paths)) // len(paths)))
-        return min(spare, self._most - columns) if columns <= self._most else spare
-
-    def _held(self, columns: int, paths: Sequence[Path]) -> int:
-        """Return the tokens that rows with tails of so many columns hold, shared ones counted once."""
-        shared = {(id(kv), used) for path in paths for kv, used in path.nodes}
-        return sum(used for _, used in shared) + len(paths) * columns
+def _shared_tokens(paths: Sequence[Path]) -> int:
+    """Return the tokens above rows, shared ones counted once."""
+    return sum(used for _, used in {(id(kv), used) for path in paths for kv, used in path.nodes})
 
 
 class LayerCache:
@@ -300,14 +296,23 @@ class LayerCache:
         return self._batch.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Store the new tokens; return the tails."""
-        return self._batch.write(self._layer, keys, values)
+        """Store the new tokens; return the tails where one buffer has all of them, else the new tokens alone."""
+        self._batch.write(self._layer, keys, values)
+        tails = self._batch.read(self._layer)
+        return tails[0][:2] if len(tails) == 1 else (keys, values)
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
-        """Return the mask over the tails that `attend` will be given back."""
+        """Return what `attend` will be given back; which columns rows see it knows by itself."""
         if window_size is not None:
             raise NotImplementedError("sliding windows do not fit a cache without an end")
-        return self._batch.mask(n)
+        if n == 1:
+            return None
+        if not return_array:
+            return "causal"
+        if self._batch.shown is None:
+            columns = self._batch.lengths[0] + n
+            self._batch.shown = mx.arange(columns) <= columns - n + mx.arange(n)[:, None]
+        return self._batch.shown
 
     def attend(
         self,
@@ -316,13 +321,12 @@ class LayerCache:
         values: mx.array,
         *,
         scale: float,
-        mask: mx.array | None,
+        mask: mx.array | str | None,
         sinks: mx.array | None,
     ) -> mx.array:
         """Attend to the rows' segments and tails: [B, H, L, D] to [B, H, L, Dv]."""
-        division = self._batch.division
-        if not division.shares:
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        if sinks is not None or (mask is not None and mask.dtype != mx.bool_):
-            raise NotImplementedError("attention sinks, or scores in the mask, over a shared prefix")
-        return division.attend(queries, keys, values, self._layer, mask=mask, scale=scale)
+        given = None if queries.shape[2] == 1 else "causal" if isinstance(mask, str) else self._batch.shown
+        ours = mask == given if isinstance(mask, str) else mask is given
+        if sinks is not None or not ours:
+            raise NotImplementedError("attention sinks, or a mask of the model's own, over a shared prefix")
+        return self._batch.division.attend(queries, self._batch.read(self._layer), self._layer, scale=scale)

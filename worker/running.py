@@ -8,17 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from worker.buckets import MOST_BUCKETS, most_cells
 from worker.cache import Need, PrefixCache
 from worker.radix import common_prefix
 from worker.row import Row
 from worker.sequence import Tokens
-
-WIDE_TOKENS = 128
-"""Where memory allows, tails up to this length stay in the buffers, however short most of them are."""
-LEAST_TOKENS = 16
-"""Less than this of a tail is not moved into the tree: a node of its own would cost more than it saves."""
-SLACK = 1 + 1 / 16
-"""Columns are so many times the tails' mean length; what is longer is moved into the tree."""
 
 
 class Running:
@@ -40,10 +34,7 @@ class Running:
         """Take over the rows of another batch."""
         if self._cache.reuse == "shared":
             roomy = self._cache.make_room(self.demand(rows, roomy=True))
-            most = self._columns([*self.rows, *rows], roomy=roomy)
-            self._even_out(self.rows, self.batch, most)
-            self._even_out(rows, batch, most)
-            self.batch.join(batch, most)
+            self.batch.join(batch, [self._cache.tail_tokens(row) for row in rows], roomy=roomy)
         else:
             self.batch.join(batch)
         self.rows += rows
@@ -55,39 +46,25 @@ class Running:
         self.rows[index] = self.rows[-1]
         self.rows.pop()
 
+    def clear(self) -> None:
+        """Drop all rows."""
+        for row in self.rows:
+            self._cache.detach(row)
+        self.batch.clear()
+        self.rows.clear()
+
     def demand(self, joining: Sequence[Row] = (), *, leaving: Row | None = None, roomy: bool = False) -> Need:
         """Return what rows hold at most from now on, with those that will join, and while they do."""
         rows = [row for row in (*self.rows, *joining) if row is not leaving]
         if self._cache.reuse != "shared":
             all_, new = (sum(self._cache.nbytes(row.longest) for row in part) for part in (rows, joining))
             return Need(max(all_, self.batch.nbytes + new), len(self.rows) + len(joining))
-        columns = self._columns(rows, roomy=roomy)
-        whole = self._cache.nbytes(len(rows) * columns)
-        prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
-        moved = [over for row in rows if (over := self._too_long(row, columns))]
-        lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
-        copied = 0 if self.batch.holds(len(rows), columns) else whole // self._cache.num_layers  # whenever they grow
-        passing = max(0, before - lasting) + copied
-        return Need(lasting + self._cache.nbytes(sum(moved)), 2 + len(moved), passing)
-
-    def _columns(self, rows: Sequence[Row], *, roomy: bool) -> int:
-        """Return how wide these rows' buffers may become: as the longest tail will, but not much wider than most.
-
-        Where there is room for it, only what a tail is too long by now counts: others may end before it grows.
-        """
         tails = [self._cache.tail_tokens(row) for row in rows]
-        least = WIDE_TOKENS if roomy else LEAST_TOKENS
-        planned = min(max(tails), max(least, int(SLACK * sum(tails) / len(tails)))) if tails else 0
-        if roomy:
-            planned = max(
-                [planned, *(tail for tail, row in zip(tails, rows, strict=True) if row.own_tokens <= planned)]
-            )
-        return max(planned, self.batch.columns) if self.batch.holds(len(rows), planned) else planned
-
-    def _too_long(self, row: Row, columns: int) -> int:
-        """Return how much of a row's tail will be moved into the tree."""
-        over = self._cache.tail_tokens(row) - columns
-        return max(over, LEAST_TOKENS) if over > 0 else 0
+        whole = self._cache.nbytes(most_cells(tails, self._cache.pinned_tokens, roomy=roomy))
+        prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
+        lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
+        copied = whole // self._cache.num_layers  # when rows are sorted into other buckets
+        return Need(lasting, 1 + min(MOST_BUCKETS, len(rows)), max(0, before - lasting) + copied)
 
     def share_with(self, row: Row, found_tokens: int, least_tokens: int, joining: Sequence[Row]) -> bool:
         """Put into the tree what a running row holds of a job's prompt, if that is `least_tokens` more than was found.
@@ -103,23 +80,10 @@ class Running:
                 best, shared = index, common
         return best >= 0 and self._share(self.rows[best], self.batch, best, shared, beside=self.demand(joining))
 
-    def even_out(self) -> None:
-        """Before each step, see that one more column fits, so that a long tail does not widen all others."""
-        most = self.batch.most
-        if self.rows and max(self.batch.lengths) >= most:
-            self._even_out(self.rows, self.batch, most - 1)
-
     def shrink(self) -> None:
         """Give up the room of rows that have left; for when no others are about to take it."""
         if self.rows:
             self.batch.shrink()
-
-    def _even_out(self, rows: list[Row], batch: Any, columns: int) -> None:
-        """Move what is too much of tails longer than `columns` into the tree."""
-        for index, row in enumerate(rows):
-            if (length := batch.lengths[index]) > columns:
-                moved = min(length, self._too_long(row, columns))
-                self._share(row, batch, index, row.prefix_tokens + moved)
 
     def _share(self, row: Row, batch: Any, index: int, end: int, beside: Need | None = None) -> bool:
         """Move a row's KV up to depth `end` from its tail into the tree; not if it is not finite: it will fail."""

@@ -102,7 +102,7 @@ class Solo:
     def trim(self, lengths: Sequence[int]) -> None:
         """Do nothing: there was no padding."""
 
-    def join(self, other: Solo, _columns: int = 0) -> None:
+    def join(self, other: Solo) -> None:
         """Take over the rows of `other`."""
         self._caches += other._caches
         self._starts += other._starts
@@ -114,6 +114,10 @@ class Solo:
         self._caches[row], self._starts[row] = self._caches[last], self._starts[last]
         self.lengths[row] = self.lengths[last]
         del self._caches[last], self._starts[last], self.lengths[last]
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self._caches, self._starts, self.lengths = [], [], []
 
     def tail(self, row: int, start: int, stop: int, *, last_use: bool = False) -> KV | Snapshot:
         """Copy out tokens [start, stop) of a row's own part, or its whole state, which ends at `stop`."""

@@ -1,29 +1,67 @@
-"""The buffers of a batch's private KV: one pair per layer, where every row has a line of its own.
+"""The buffers of a batch's private KV: per layer a pair of them per bucket, where every row has a line of its own.
 
 Knows no prefix and no model. Shape letters as in `worker.attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
+
+from worker.buckets import Bucket
+from worker.forms import Held
 
 Pair = tuple[mx.array, mx.array]  # keys and values
 
 
+@dataclass(slots=True)
+class _Layer:
+    """The buffers of one layer, [lines, N, columns, D], and which rows lie in them."""
+
+    buckets: tuple[Bucket, ...]
+    pairs: list[Pair]
+
+    def line(self, row: int) -> tuple[int, int]:
+        """Return in which bucket a row lies, and on which line."""
+        return next((at, held.rows.index(row)) for at, held in enumerate(self.buckets) if row in held.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the rows of one bucket write in this step.
+
+    Attributes:
+        pick: their numbers in the batch, or None where they are all rows, in order.
+        lines, columns: where the one new token of each goes; None where all rows have the same `start`.
+    """
+
+    pick: mx.array | None
+    num_rows: int
+    start: int
+    stop: int
+    lines: mx.array | None
+    columns: mx.array | None
+    mask: mx.array | None
+
+
 class Tails:
-    """Keys and values [rows, N, columns, D] per layer, tails left-aligned:
+    """Keys and values of every row's tail, left-aligned in a line of its row's bucket:
 
-        row 0     a b c . . .
-        row 1     d e f g h .        . = free column
+        bucket 0    row 0     a b c .
+                    row 2     d e . .        . = free column
+        bucket 1    row 1     f g h i j k .
 
-    Who uses it knows how long each tail is. A change copies the line it is about; whole buffers are copied where they
-    must grow or shrink, at most one layer at a time.
+    Who uses it knows how long each tail is. A change copies the line it is about; whole buffers are copied where rows
+    are sorted into other buckets, one layer at a time. Layers may differ: where memory runs out on the way, those that
+    were done stay so until the next time.
     """  # fmt: skip
 
     def __init__(self, num_layers: int) -> None:
-        self._layers: list[Pair | None] = [None] * num_layers
+        self.buckets: tuple[Bucket, ...] = ()
+        self._layers: list[_Layer | None] = [None] * num_layers
+        self._places: list[_Place] = []
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -35,121 +73,193 @@ class Tails:
 
     def evaluate(self) -> None:
         """Compute them and nothing else."""
-        mx.eval(self._arrays())
+        mx.eval(list(self._arrays()))
 
     def forget(self) -> None:
         """Give all buffers up."""
-        self._layers = [None] * len(self._layers)
+        self.buckets, self._layers = (), [None] * len(self._layers)
 
-    @property
-    def columns(self) -> int:
-        """Columns of the buffers; 0 where there are none."""
-        held = self._layers[0]
-        return held[0].shape[2] if held else 0
+    def arrange(self, buckets: Sequence[Bucket], joining: Tails | None = None, first: int = 0) -> None:
+        """Sort all rows into these buckets; those from `first` on come from another's, which is used up.
 
-    @property
-    def cells(self) -> int:
-        """Tokens that the buffers have room for."""
-        held = self._layers[0]
-        return held[0].shape[0] * held[0].shape[2] if held else 0
-
-    def holds(self, rows: int, columns: int) -> bool:
-        """Whether there is room for so many rows and columns."""
-        held = self._layers[0]
-        return held is not None and held[0].shape[0] >= rows and held[0].shape[2] >= columns
-
-    def reserve(self, rows: int, columns: int, width: int) -> None:
-        """Make room for `rows` x `columns`; buffers too small for it, or mostly unused, become `width` columns wide.
-
-        Layers may differ in size: a `join` that lacked the memory leaves some of them grown.
+        Buckets that stay as they are, or only get rows into free lines, are not copied. Where others are, a layer is
+        evaluated, and what it was made of dropped, before the next.
         """
-        if not all(self._fits(layer, rows, columns) for layer, held in enumerate(self._layers) if held):
-            self.resize(rows, width)
+        target = tuple(buckets)
+        try:
+            self._arrange(target, joining, first)
+        except BaseException:
+            for layer in filter(None, self._layers) if joining else ():
+                layer.buckets = tuple(_before(held, first) for held in layer.buckets)
+            raise
+        self.buckets = target
 
-    def resize(self, rows: int, width: int) -> None:
-        """Give all buffers so many lines and columns, a layer at a time; what lay beyond is lost."""
-        for layer, held in enumerate(self._layers):
-            if held:
-                fresh = self._layers[layer] = _resized(held[0], rows, width), _resized(held[1], rows, width)
-                mx.eval(fresh)
+    def _arrange(self, target: tuple[Bucket, ...], joining: Tails | None, first: int) -> None:
+        for number, layer in enumerate(self._layers):
+            theirs = joining._layers[number] if joining else None
+            if (layer or theirs) and (layer is None or layer.buckets != target):
+                mine = layer or _Layer((), [])
+                pairs, copied = _sorted_into(target, mine, theirs, first)
+                if copied:
+                    mx.eval(pairs)
+                    if joining:
+                        joining._layers[number] = None
+                self._layers[number] = _Layer(target, pairs)
 
-    def join(self, other: Tails, taken: int, first: int, rows: int, columns: int, width: int) -> None:
-        """Copy the first `taken` columns of another's rows to rows [first, rows), and reserve as `reserve` does.
+    def begin(self, lengths: Sequence[int], new_tokens: int) -> None:
+        """Say how long the tails are, and how many tokens each gets now; rows of different lengths get one."""
+        self._places = [_place(held, lengths, new_tokens) for held in self.buckets]
 
-        A layer that grows for it is evaluated, and the other's dropped, before the next: so no more than one layer
-        is held twice.
-        """
-        for layer, theirs in enumerate(other._layers):
-            if theirs is None:
-                continue
-            fits = self._fits(layer, rows, columns)
-            mine = self._layers[layer] or (theirs[0][:0], theirs[1][:0])
-            if not fits:
-                mine = self._layers[layer] = _resized(mine[0], rows, width), _resized(mine[1], rows, width)
-            for target, source in zip(mine, theirs, strict=True):
-                target[first:rows, :, :taken] = source[: rows - first, :, :taken]
-            if not fits:
-                mx.eval(mine)
-                other._layers[layer] = None
-
-    def _fits(self, layer: int, rows: int, columns: int) -> bool:
-        """Whether there is room for so many rows and columns in a layer, and not much more."""
+    def write(self, layer: int, new: Pair) -> None:
+        """Put the new tokens of all rows [B, N, L, D] behind their tails."""
         held = self._layers[layer]
         if held is None:
-            return False
-        held_rows, _, held_columns, _ = held[0].shape
-        return bool(rows <= held_rows <= 2 * rows and columns <= held_columns <= 2 * columns + 16)
+            held = self._layers[layer] = _Layer(self.buckets, [_empty(*new, bucket) for bucket in self.buckets])
+        for place, pair in zip(self._places, held.pairs, strict=True):
+            for target, added in zip(pair, new, strict=True):
+                own = added if place.pick is None else added[place.pick]
+                if place.lines is None:
+                    target[: place.num_rows, :, place.start : place.stop] = own
+                else:
+                    target[place.lines, :, place.columns] = own[:, :, 0]
 
-    def write(self, layer: int, new: Pair, starts: Sequence[int], columns: int) -> Pair:
-        """Put new tokens [B, N, L, D] behind each row's first `starts[b]`; return views of the tails, [B, N, S, D].
+    def read(self, layer: int) -> list[Held]:
+        """Return views of the tails with the new tokens, a bucket at a time."""
+        held = self._layers[layer]
+        assert held is not None
+        return [
+            (k[: place.num_rows, :, : place.stop], v[: place.num_rows, :, : place.stop], place.mask)
+            for place, (k, v) in zip(self._places, held.pairs, strict=True)
+        ]
 
-        `columns` is how many a new buffer has. Rows that begin at different columns take one token.
-        """
-        rows, length, end = len(starts), new[0].shape[2], max(starts) + new[0].shape[2]
-        tails = self._layers[layer]
-        if tails is None:
-            tails = self._layers[layer] = (_empty(new[0], rows, columns), _empty(new[1], rows, columns))
-        for target, added in zip(tails, new, strict=True):
-            if min(starts) == max(starts):
-                target[:rows, :, end - length : end] = added
-            else:
-                target[mx.arange(rows), :, mx.array(list(starts))] = added[:, :, 0]
-        return tails[0][:rows, :, :end], tails[1][:rows, :, :end]
-
-    def move(self, source: int, target: int, columns: int) -> None:
-        """Copy the first columns of one row to another row."""
-        self._put(target, [x[source : source + 1, :, :columns] + 0 for x in self._arrays()])
+    def leave(self, row: int, lengths: Sequence[int]) -> None:
+        """Drop a row; the last of its bucket takes its line, and the last of all its number."""
+        moves = []
+        for layer in filter(None, self._layers):
+            at, line = layer.line(row)
+            end = len(layer.buckets[at].rows) - 1
+            used = lengths[layer.buckets[at].rows[end]]
+            if line < end and used:
+                moves += [(x, line, x[end : end + 1, :, :used] + 0) for x in layer.pairs[at]]
+        _put(moves)
+        last = len(lengths) - 1
+        for layer in filter(None, self._layers):
+            left = [_without(held, row, last) for held in layer.buckets]
+            layer.pairs = [pair for pair, held in zip(layer.pairs, left, strict=True) if held.rows]
+            layer.buckets = tuple(held for held in left if held.rows)
+        self.buckets = tuple(held for bucket in self.buckets if (held := _without(bucket, row, last)).rows)
 
     def drop_front(self, row: int, count: int, stop: int) -> None:
         """Move columns [count, stop) of a row to its beginning."""
-        self._put(row, [x[row : row + 1, :, count:stop] + 0 for x in self._arrays()])
+        _put([(x, line, x[line : line + 1, :, count:stop] + 0) for x, line in self._lines(row)])
 
     def wipe(self, row: int) -> None:
         """Zero a row."""
-        for x in self._arrays():
-            x[row] = mx.zeros_like(x[row])
+        for x, line in self._lines(row):
+            x[line] = mx.zeros_like(x[line])
 
     def copy(self, row: int, start: int, stop: int) -> list[Pair]:
         """Return columns [start, stop) of a row per layer, each [1, N, stop - start, D], detached."""
-        return [
-            (detached(k[row : row + 1], start, stop), detached(v[row : row + 1], start, stop))
-            for k, v in filter(None, self._layers)
-        ]
+        parts = [detached(x[line : line + 1], start, stop) for x, line in self._lines(row)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
 
     def whole(self, columns: int) -> list[Pair] | None:
         """Return the buffers themselves if there is one row and it has just so many columns."""
-        layers = [pair for pair in self._layers if pair]
-        fits = bool(layers) and layers[0][0].shape[0] == 1 and layers[0][0].shape[2] == columns
-        return layers if fits else None
+        fits = [(held.lines, held.columns) for held in self.buckets] == [(1, columns)]
+        return [layer.pairs[0] for layer in self._layers if layer] if fits else None
 
-    def _put(self, row: int, lines: list[mx.array]) -> None:
-        """Overwrite the beginning of a row. MLX copies a buffer that is read and written in one go: first evaluate."""
-        mx.eval(lines)
-        for x, line in zip(self._arrays(), lines, strict=True):
-            x[row : row + 1, :, : line.shape[2]] = line
+    def _lines(self, row: int) -> Iterator[tuple[mx.array, int]]:
+        """Yield every buffer that a row has a line in, keys before values, and the line."""
+        for layer in filter(None, self._layers):
+            at, line = layer.line(row)
+            yield from ((x, line) for x in layer.pairs[at])
 
-    def _arrays(self) -> list[mx.array]:
-        return [x for pair in self._layers if pair for x in pair]
+    def _arrays(self) -> Iterator[mx.array]:
+        return (x for layer in self._layers if layer for pair in layer.pairs for x in pair)
+
+
+def _place(held: Bucket, lengths: Sequence[int], new_tokens: int) -> _Place:
+    starts = [lengths[row] for row in held.rows]
+    pick = None if held.rows == tuple(range(len(lengths))) else mx.array(held.rows)
+    start, stop = max(starts), max(starts) + new_tokens
+    if min(starts) == start:
+        return _Place(pick, len(starts), start, stop, None, None, None)
+    if new_tokens > 1:
+        raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
+    own = mx.array(starts)
+    mask = mx.arange(stop) <= own[:, None, None, None]
+    return _Place(pick, len(starts), start, stop, mx.arange(len(starts)), own, mask)
+
+
+def _sorted_into(target: Sequence[Bucket], mine: _Layer, theirs: _Layer | None, first: int) -> tuple[list[Pair], bool]:
+    """Return the buffers of one layer's rows in other buckets, and whether any had to be copied.
+
+    A row that is in neither has an empty tail.
+    """
+    lines = _lines_of(mine, 0) | (_lines_of(theirs, first) if theirs else {})
+    keys, values = (theirs or mine).pairs[0]
+    pairs, copied = list[Pair](), False
+    for bucket in target:
+        kept, known = _kept(bucket, mine)
+        if kept is None:
+            kept, copied = _empty(keys, values, bucket), True
+        _fill(kept, known, [lines.get(row) for row in bucket.rows[known:]])
+        pairs.append(kept)
+    return pairs, copied
+
+
+def _lines_of(layer: _Layer, first: int) -> dict[int, tuple[Pair, int]]:
+    """Return where each row lies; the numbers of rows begin with `first`."""
+    held = zip(layer.pairs, layer.buckets, strict=True)
+    return {first + row: (pair, line) for pair, bucket in held for line, row in enumerate(bucket.rows)}
+
+
+def _kept(bucket: Bucket, layer: _Layer) -> tuple[Pair | None, int]:
+    """Return the buffers that already are this bucket but for its last rows, and how many rows they have."""
+    for held, pair in zip(layer.buckets, layer.pairs, strict=True):
+        alike = (held.lines, held.columns) == (bucket.lines, bucket.columns)
+        if alike and held.rows == bucket.rows[: len(held.rows)]:
+            return pair, len(held.rows)
+    return None, 0
+
+
+def _fill(target: Pair, first: int, sources: Sequence[tuple[Pair, int] | None]) -> None:
+    """Copy lines of other buffers to lines from `first` on, as many in one go as follow each other."""
+    runs: list[tuple[int, Pair, int, int]] = []  # where to, which buffers, from which line, how many lines
+    for to, source in enumerate(sources, first):
+        if source is None:
+            continue
+        pair, line = source
+        if runs and runs[-1][1] is pair and (runs[-1][0], runs[-1][2]) == (to - runs[-1][3], line - runs[-1][3]):
+            runs[-1] = (*runs[-1][:3], runs[-1][3] + 1)
+        else:
+            runs.append((to, pair, line, 1))
+    for to, pair, line, count in runs:
+        columns = min(pair[0].shape[2], target[0].shape[2])
+        for x, y in zip(target, pair, strict=True):
+            x[to : to + count, :, :columns] = y[line : line + count, :, :columns]
+
+
+def _without(held: Bucket, row: int, last: int) -> Bucket:
+    """Return a bucket without a row, whose line the last one takes; the row `last` is then called as it was."""
+    rows = list(held.rows)
+    if row in rows:
+        rows[rows.index(row)] = rows[-1]
+        rows.pop()
+    return Bucket(tuple(row if other == last else other for other in rows), held.lines, held.columns)
+
+
+def _before(held: Bucket, first: int) -> Bucket:
+    """Return a bucket without the rows from `first` on, which came last."""
+    return Bucket(tuple(row for row in held.rows if row < first), held.lines, held.columns)
+
+
+def _put(moves: Iterable[tuple[mx.array, int, mx.array]]) -> None:
+    """Overwrite beginnings of lines. MLX copies a buffer that is read and written in one go: first evaluate."""
+    if moves := list(moves):
+        mx.eval([line for _, _, line in moves])
+    for x, number, line in moves:
+        x[number : number + 1, :, : line.shape[2]] = line
 
 
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
@@ -157,12 +267,7 @@ def detached(x: mx.array, start: int, stop: int) -> mx.array:
     return mx.take(x, mx.arange(start, stop), axis=2)
 
 
-def _resized(x: mx.array, rows: int, columns: int) -> mx.array:
-    """Copy the first rows and columns of a buffer, and add zeros up to these sizes."""
-    fresh, kept = _empty(x, rows, columns), x[:rows, :, :columns]
-    fresh[: kept.shape[0], :, : kept.shape[2]] = kept
-    return fresh
-
-
-def _empty(like: mx.array, rows: int, columns: int) -> mx.array:
-    return mx.zeros((rows, like.shape[1], columns, like.shape[3]), like.dtype)
+def _empty(keys: mx.array, values: mx.array, bucket: Bucket) -> Pair:
+    """Return buffers for a bucket, of as many heads, and as wide and precise, as these."""
+    shapes = [(bucket.lines, x.shape[1], bucket.columns, x.shape[3]) for x in (keys, values)]
+    return mx.zeros(shapes[0], keys.dtype), mx.zeros(shapes[1], values.dtype)
