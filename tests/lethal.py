@@ -56,6 +56,13 @@ def arm(module):
     module.prepare = preparing
 """
 
+_ANY_PROMPT = """
+def arm(module):
+    def rendering(*_):
+        {death}
+    module._render = rendering
+"""
+
 
 def of_decoding(directory: Path, death: str) -> dict[str, str]:
     """End the process by `death`, a statement, soon after it decodes a prompt with `POISON` in it."""
@@ -66,6 +73,11 @@ def of_decoding(directory: Path, death: str) -> dict[str, str]:
 def of_tokenising(directory: Path, death: str) -> dict[str, str]:
     """End the process by `death` when it prepares a prompt with `POISON` in it."""
     return _hook(directory, "worker.window", _TOKENIZER.format(poison=POISON, death=death))
+
+
+def of_any_chat(directory: Path, death: str) -> dict[str, str]:
+    """End the process by `death` when it prepares any messages at all."""
+    return _hook(directory, "worker.prepare", _ANY_PROMPT.format(death=death))
 
 
 def _hook(directory: Path, module: str, arm: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rq import Retry
 from rq.command import send_stop_job_command
 from rq.job import Job, JobStatus
 
+from common.errors import ModelNotLoaded
 from common.serializer import JobSerializer
 from tests import lethal
 from tests.broker import ENDLESS, Broker
@@ -27,6 +28,7 @@ from tests.lethal import POISON
 from tests.models import smollm2_path
 from tests.processes import Process, Processes, wait_until
 from worker.suspects import LONE_SILENT, LONE_SPOKE
+from worker.watch import MOST_CULPRITS
 
 ROWS = {"RADIXQ_MAX_ROWS": "8", "RADIXQ_WORKER_NAME": "mac"}
 KILLS = int(os.environ.get("RADIXQ_TEST_KILLS", "8"))  # fifty take half an hour
@@ -162,6 +164,17 @@ class TestCrashes:
         assert worker.stop() == 0
         assert "secret" not in worker.log
         broker.assert_settled()
+
+    def test_a_tokenizer_that_dies_of_every_job_ends_the_worker_and_no_job_is_given_up(
+        self, broker: Broker, start: Callable[..., Process], tmp_path: Path
+    ) -> None:
+        jobs = [broker.enqueue(body={"prompt": POISON}) for _ in range(MOST_CULPRITS + 1)]
+        worker = start(**lethal.of_tokenising(tmp_path / "lethal", "os.abort()"))
+        assert worker.wait(PATIENCE_S) == ModelNotLoaded.exit_code
+        assert "model_not_loaded: the tokenizer or the chat template of" in worker.log
+        assert {job.get_status() for job in jobs} == {JobStatus.QUEUED}
+        assert sorted(broker.waiting()) == sorted(job.id for job in jobs)
+        assert broker.listed() == []
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ from tests.processes import ROOT, wait_until
 from tests.queued import calls, enqueue, queue_of
 from worker.scout import POLL_S, Candidate, Scout
 from worker.suspects import Suspicion
+from worker.watch import LATE_S, Clock
 from worker.window import CLIENT_NAME
 
 Start = Callable[..., Scout]
@@ -41,9 +42,9 @@ def start(redis_url: str, model: Path) -> Iterator[Start]:
     """Start scouts, and end them with the test."""
     scouts: list[Scout] = []
 
-    def start_one(*queues: str, path: Path = model) -> Scout:
+    def start_one(*queues: str, path: Path = model, clock: Clock = time.monotonic) -> Scout:
         settings = Settings.from_env({"MLX_MODEL_PATH": str(path)})
-        scout = Scout(settings, queues or ("radixq",), redis_url=redis_url)
+        scout = Scout(settings, queues or ("radixq",), redis_url=redis_url, clock=clock)
         scouts.append(scout)
         scout.start()
         return scout
@@ -180,6 +181,40 @@ def test_what_a_scout_died_of_before_is_prepared_when_all_others_are_offered(
     found = offers(scout, len(others) + 1)
     assert {one.job_id for one in found[:-1]} == {job.id for job in others}
     assert (found[-1].job_id, found[-1].crash) == (poisoned.id, -signal.SIGABRT)
+
+
+def test_a_tokenizer_that_no_prompt_survives_is_reported_before_any_job_is_blamed(
+    redis: Redis, start: Start, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in lethal.of_any_chat(tmp_path / "lethal", "os.abort()").items():
+        monkeypatch.setenv(name, value)
+    enqueue(redis, "one")
+    scout = start()
+    scout.want(1)
+    with pytest.raises(ModelNotLoaded, match=f"tokenizer .*{model.name} ended its process over a single word"):
+        offers(scout)
+
+
+def test_a_chat_template_that_does_not_end_over_a_job_is_ended_and_the_job_blamed(
+    redis: Redis, start: Start, tmp_path: Path
+) -> None:
+    path = save_tiny(tmp_path / "looping")
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = path / "chat_template.jinja"
+    template.write_text(f"{{% if '{POISON}' in messages[0]['content'] %}}{endless}{{% endif %}}{template.read_text()}")
+    now_s = [0.0]
+    hangs, other = (submit(text, redis=redis) for text in (POISON, "Hello"))
+    scout = start(path=path, clock=lambda: now_s[0])
+    scout.want(2)
+    wait_until(lambda: hangs.id in scout._diary.read(), "the job is begun")
+    assert scout.poll() == []
+    now_s[0] = LATE_S
+    assert scout.poll() == []
+    now_s[0] += 1
+    (culprit,) = offers(scout)
+    assert (culprit.job_id, culprit.crash) == (hangs.id, -signal.SIGABRT)
+    redis.lrem(queue_of(redis).key, 1, hangs.id)
+    assert [candidate.job_id for candidate in offers(scout)] == [other.id]
 
 
 def test_a_server_that_is_away_is_waited_for(start: Start, redis: Redis) -> None:

@@ -11,6 +11,7 @@ message, becomes that token, as in mlx-lm; a producer whose users may write such
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -104,6 +105,12 @@ def prepare(job: GenerateJob, loaded: LoadedTokenizer, settings: Settings, fetch
         )
     max_tokens = min(job.sampling.max_tokens or settings.max_tokens, left)
     return Prompt(tokens, job.sampling.model_copy(update={"max_tokens": max_tokens}), pictures=pictures)
+
+
+def try_out(loaded: LoadedTokenizer, settings: Settings) -> None:
+    """Prepare one word, whatever comes of it: a tokenizer or template that ends the process does so before any job."""
+    with contextlib.suppress(InvalidRequest):
+        prepare(GenerateJob(messages=(Message(role="user", content="word"),)), loaded, settings)
 
 
 def seeded(sampling: Sampling, job_id: str) -> Sampling:

@@ -30,10 +30,12 @@ from typing import TYPE_CHECKING, Final
 import redis
 
 from common import log
-from common.errors import BrokerUnavailable, InternalError, ModelNotLoaded, RadixqError
+from common.errors import BrokerUnavailable, ModelNotLoaded, RadixqError
 from common.settings import Settings
 from worker.diary import Diary
 from worker.outage import is_outage
+from worker.prepare import try_out
+from worker.watch import TRYING, Clock, Watch
 from worker.window import Candidate, Window, connect
 
 if TYPE_CHECKING:
@@ -81,15 +83,22 @@ class Scout:
     """The worker's end. No method blocks but `close`."""
 
     def __init__(
-        self, settings: Settings, queues: Sequence[str], *, redis_url: str | None = None, label: str | None = None
+        self,
+        settings: Settings,
+        queues: Sequence[str],
+        *,
+        redis_url: str | None = None,
+        label: str | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Take the queues' names, highest priority first; nothing is started.
 
-        With the worker's `label` it shares the queues with other workers by subtrees.
+        With the worker's `label` it shares the queues with other workers by subtrees. `clock` tells when it hangs.
         """
         self._task = _Task(settings, tuple(queues), redis_url or settings.url, label)
         self._pipe, self._childs_end = Pipe()
         self._diary = Diary()
+        self._watch = Watch(self._diary, settings.model_path or "", clock)
         self._process: subprocess.Popen[bytes] | None = None
         self._number = self._want = 0
         self._asked = self._proven = False
@@ -148,15 +157,16 @@ class Scout:
     def poll(self) -> list[Candidate]:
         """Return the candidates offered since the last call, best first.
 
-        A process that dies of a job is started again, and that job offered as what crashed it: prepared once more, it
-        may do it again.
+        A process that dies of a job, or is ended because it hangs, is started again, and that job offered as what
+        crashed it: prepared once more, it may do it again.
 
         Raises:
-            ModelNotLoaded: the child could not load the tokenizer.
+            ModelNotLoaded: the child could not load the tokenizer, or died of whatever was given to it.
             BrokerUnavailable: what lies in Redis cannot be read; a server that is away, or refuses us, is waited for.
             InternalError: the child ended by a defect or was killed.
         """
         offered: list[Candidate] = []
+        self._end_if_late()
         try:
             while self._pipe.poll():
                 message: list[Candidate] | int | RadixqError = self._pipe.recv()
@@ -180,21 +190,24 @@ class Scout:
         if self._process is not None:
             self._status()
 
+    def _end_if_late(self) -> None:
+        if self._process is not None and self._watch.late():
+            _log.error("the process that reads the queues hangs, ending it; its traceback says where")
+            self._process.send_signal(signal.SIGABRT)
+
     def _culprit(self, error: Exception) -> Candidate:
         """Return the job of which the child died."""
         status = self._status()
-        queue, _, job_id = self._diary.read().partition(" ")
-        if not job_id:
-            raise InternalError(
-                f"the process that reads the queues ended, exit status {status}; see its log"
-            ) from error
+        try:
+            queue, job_id = self._watch.culprit(status)
+        except RadixqError as reason:
+            raise reason from error
         _log.error("the process that reads the queues died of a job", extra={"job": ascii(job_id), "status": status})
-        return Candidate(job_id, self._task.queues[int(queue)], limit=1, crash=status)
+        return Candidate(job_id, self._task.queues[queue], limit=1, crash=status)
 
     def _start_again(self) -> None:
         self._pipe.close()
         self._pipe, self._childs_end = Pipe()
-        self._diary.write("")
         self.start()
         self._send(_Order(self._next(), self._want))
 
@@ -247,7 +260,11 @@ class _Child:
     def __init__(self, task: _Task, pipe: Connection, diary: Diary) -> None:
         self._pipe = pipe
         client = connect(task.redis_url)
-        self._window = Window(task.settings, _load(task.settings), task.queues, client, task.label, diary.write)
+        loaded = _load(task.settings)
+        diary.write(TRYING)
+        try_out(loaded, task.settings)
+        diary.write("")
+        self._window = Window(task.settings, loaded, task.queues, client, task.label, diary.write)
         self._wake, wake = os.pipe()
         os.set_blocking(wake, False)
         self._alarm = _Alarm(task.redis_url, self._window.queue_keys, wake)

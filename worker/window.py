@@ -33,6 +33,7 @@ from worker.prepare import prepare, read_job, seeded, too_large
 from worker.reject import is_id, to_text
 from worker.sequence import Prompt
 from worker.suspects import Suspicion
+from worker.watch import entry
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -103,7 +104,7 @@ class Window:
         """Start with nothing known; `queues` are names, highest priority first.
 
         With the worker's `label` its place among others on the same server is published, and theirs heeded. `note` is
-        told which job is being prepared, as the number of its queue and its id, and when none is.
+        told which job is being prepared (`watch.entry`), and when none is.
         """
         self._settings = settings
         self._loaded = loaded
@@ -123,6 +124,7 @@ class Window:
         self._raw_bytes = 0
         self._prompts: dict[str, Prompt] = {}  # without their tokens, which the plan has
         self._prompt_bytes = 0
+        self._num_prepared = 0
         self._refused: dict[str, Failure] = {}
         self._expires: dict[str, float] = {}  # seconds since the epoch, of known jobs that do
         self._expiring: list[tuple[float, str]] = []  # a heap of the same, which may hold jobs that left
@@ -205,7 +207,7 @@ class Window:
                 return  # let what is planned be offered before this ends the process
             begun = True
             if job_id in self._home and job_id not in self._plan:
-                self._note(f"{self._home[job_id]} {job_id}")
+                self._note(entry(self._num_prepared, self._home[job_id], job_id))
                 try:
                     self._prepare(job_id, data)
                 except redis.RedisError:
@@ -288,6 +290,7 @@ class Window:
         except InvalidRequest as error:
             self._refuse(job_id, error)
         else:
+            self._num_prepared += 1
             self._prompts[job_id] = replace(prompt, tokens=_NONE, sampling=seeded(prompt.sampling, job_id))
             self._prompt_bytes += _num_bytes(prompt)
             place = 0 if job_id in self._suspects else 1 + self._home[job_id]
