@@ -61,22 +61,22 @@ def test_a_picture_goes_with_the_last_job_that_has_it_but_for_those_used_lately(
 def test_jobs_whose_pictures_do_not_fit_wait_until_others_have_ended(stored: Redis) -> None:
     shelf = Shelf(10**6, most_bytes=ROOM)
     running = [start(shelf, stored, 0), start(shelf, stored, 1)]
-    assert not shelf.fits([prompt(2)])
-    assert shelf.fits([prompt(0, 1)]), "what is there already takes no room"
-    assert shelf.fits([prompt()])
-    assert shelf.fits([prompt(2), prompt()]), "a text does not wait behind it"
+    assert not shelf.make_room([prompt(2)])
+    assert shelf.make_room([prompt(0, 1)]), "what is there already takes no room"
+    assert shelf.make_room([prompt()])
+    assert shelf.make_room([prompt(2), prompt()]), "a text does not wait behind it"
     running.clear()
-    assert shelf.fits([prompt(2), prompt(3)])
-    assert not shelf.fits([prompt(2), prompt(3), prompt(1)])
+    assert shelf.make_room([prompt(2), prompt(3)])
+    assert not shelf.make_room([prompt(2), prompt(3), prompt(1)])
 
 
 def test_a_job_with_more_pictures_than_fit_runs_alone(stored: Redis) -> None:
     shelf = Shelf(10**6, most_bytes=BYTES // 2)
-    assert shelf.fits([prompt(0, 1, 2)])
-    assert not shelf.fits([prompt(0), prompt(1)])
+    assert shelf.make_room([prompt(0, 1, 2)])
+    assert not shelf.make_room([prompt(0), prompt(1)])
     running = start(shelf, stored, 0)
-    assert not shelf.fits([prompt(1)])
-    assert shelf.fits([prompt(0)])
+    assert not shelf.make_room([prompt(1)])
+    assert shelf.make_room([prompt(0)])
     assert running.pictures[0].data is not None
 
 

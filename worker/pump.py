@@ -261,7 +261,7 @@ class Pump:
         for one in wanted:
             if not may_join(one.limit, running):
                 break
-            waits = waits or not self._shelf.fits([other.prompt for other in (*chosen, one)])
+            waits = waits or not self._shelf.make_room([other.prompt for other in (*chosen, one)])
             shows = one.prompt is not None and bool(one.prompt.pictures)
             if not (waits and shows) and len(chosen) < (room if one.expires_s == math.inf else min(room, rows)):
                 chosen.append(one)

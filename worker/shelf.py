@@ -33,10 +33,10 @@ class Shelf:
         self._max_pixels, self._most_bytes, self._lately_bytes = max_pixels, most_bytes, lately_bytes
         self._lately: Recent[memoryview] = Recent(lately_bytes)
 
-    def fits(self, prompts: Sequence[Prompt | None]) -> bool:
-        """Return whether the last of these prompts may run beside the others; one whose pictures are alone always may.
+    def make_room(self, prompts: Sequence[Prompt | None]) -> bool:
+        """Make room for the last of these prompts beside the others; return whether there is enough.
 
-        Lets go of pictures that no prompt has, if that helps.
+        Lets go of pictures that no prompt has, if need be. For one whose pictures are alone there always is.
         """
         own = prompts[-1].pictures if prompts[-1] else ()
         if not own:
