@@ -41,6 +41,7 @@ _MAX_REASON = 300  # characters of a library's message: one that lists all weigh
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
 M = TypeVar("M", bound=Module)
 _TEXT_ONLY = "it reads text only"
+_IN_PLACE = "they need prefixes that are read in place"
 NO_PICTURES = "no pictures: "
 """What begins the note that says why a vision model takes none."""
 
@@ -82,12 +83,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     notes: tuple[str, ...]  # what a person should know about how it was loaded
     processor: Processor | None = field(default=None, repr=False)  # if it takes pictures, and `model` a VisionModel
-
-    @property
-    def blind(self) -> str:
-        """Why it takes no pictures, where that is so."""
-        said = (note.removeprefix(NO_PICTURES) for note in self.notes if note.startswith(NO_PICTURES))
-        return next(said, _TEXT_ONLY if self.processor is None else "they need prefixes that are read in place")
+    blind: str = _TEXT_ONLY  # why no picture is taken: there is no processor, or prefixes are not read in place
 
 
 def load(
@@ -101,16 +97,14 @@ def load(
     path, name = _find(path_or_id)
     read = _read_tokenizer(path, name, max_image_pixels)
     digest = _digest(path)  # before MLX opens the files: where a disk hangs, it would hold Python's lock, and so all
-    model, notes = _with_pictures(path, read, dtype, device) if read.processor else (None, ())
-    seeing = model is not None
-    if model is None:
-        model, more = _evaluated(*_read_model(path), dtype, device)
-        notes += more
-    if read.processor is None and _has_tower(path):
-        notes += (f"{NO_PICTURES}{read.blind}",)
+    seeing, blind = _with_pictures(path, read, dtype, device) if read.processor else (None, read.blind)
+    model, notes = seeing or _evaluated(*_read_model(path), dtype, device)
+    if seeing is None and _has_tower(path):
+        notes += (f"{NO_PICTURES}{blind}",)
     return LoadedModel(
         model=model,
         processor=read.processor if seeing else None,
+        blind=blind,
         tokenizer=read.tokenizer,
         name=name,
         digest=digest,
@@ -138,18 +132,18 @@ def skeleton(path_or_id: str) -> tuple[LoadedTokenizer, Module]:
 
 def _with_pictures(
     path: Path, read: LoadedTokenizer, dtype: str | None, device: DeviceInfo
-) -> tuple[Module | None, tuple[str, ...]]:
-    """Return mlx-vlm's model, if pictures and text come out right with it, and what there is to say."""
+) -> tuple[tuple[Module, tuple[str, ...]] | None, str]:
+    """Return mlx-vlm's model and its notes, or None if pictures or text come out wrong; and why no picture is taken."""
     assert read.processor is not None
     try:
         model, notes = _evaluated(vision.load(path), None, dtype, device)
         vision.try_out(model, read.processor)
     except RadixqError as error:
-        return None, (f"{NO_PICTURES}{_brief(error)}",)
+        return None, _brief(error)
     except _LIBRARY_ERRORS as error:
         log.exception("this model cannot take pictures here")
-        return None, (f"{NO_PICTURES}{_brief(error)}",)
-    return model, notes
+        return None, _brief(error)
+    return (model, notes), _IN_PLACE
 
 
 def _evaluated(model: M, native: mx.Dtype | None, dtype: str | None, device: DeviceInfo) -> tuple[M, tuple[str, ...]]:
