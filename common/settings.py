@@ -69,6 +69,12 @@ class Settings(BaseModel):
     max_image_pixels: int = Field(
         50_000_000, alias="RADIXQ_MAX_IMAGE_PIXELS", ge=1, description="one picture, width times height"
     )
+    max_pixels: int | None = Field(
+        None,
+        alias="RADIXQ_MAX_PIXELS",
+        ge=65_536,
+        description="of one picture, shown to the model: larger ones are scaled down; else as its files say",
+    )
     image_urls: bool = Field(False, alias="RADIXQ_IMAGE_URLS", description="producers fetch pictures by http(s)")
     image_fetch_s: float = Field(
         20.0, alias="RADIXQ_IMAGE_FETCH_S", gt=0, description="such a picture has to be there within"

@@ -274,7 +274,7 @@ def test_no_code_of_a_model_directory_is_run(tmp_path: Path, way: str) -> None:
     with contextlib.suppress(ModelNotLoaded):
         model.load(str(directory), device=platform.device())
     with contextlib.suppress(ModelNotLoaded):
-        processor.load(directory, json.loads((directory / "config.json").read_text()), "trap", 10**6)
+        processor.load(directory, json.loads((directory / "config.json").read_text()), "trap", processor.Bounds())
     assert not (tmp_path / "sprung").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -12,13 +13,17 @@ import pytest
 
 pytest.importorskip("mlx_vlm", reason="radixq[vision] is not installed")
 
-from common.errors import ModelNotLoaded
+from common.errors import ModelNotLoaded, Unsupported
+from common.settings import Settings
 from tests.test_vision import compare
 from tests.vision_engines import SETTINGS, Part, ask, bench_at
 from tests.vision_layouts import LAYOUTS, save_layout
 from tests.vision_models import digest, picture, png
+from worker import doctor
 from worker.model import load_tokenizer
 from worker.prepare import prepare
+from worker.processor import LEAST_TOKENS, Bounds
+from worker.sequence import Finished
 
 CAT, TALL = picture(90, 60), picture(60, 300, 1)
 JOBS: dict[str, tuple[Part, ...]] = {
@@ -60,6 +65,56 @@ def test_the_bounds_of_the_processor_are_those_of_its_file() -> None:
     stored = {digest(image): png(image) for image in (small, large)}
     assert len(reader.processor.layout(digest(small), stored.get).ids) == 4, "3,136 pixels at least"
     assert reader.processor.layout(digest(large), stored.get).grid == (1, 36, 72), "no smaller than it is"
+
+
+def test_a_picture_of_a_shape_that_the_processor_refuses_is_named_with_its_shape_and_what_to_do() -> None:
+    reader = load_tokenizer(str(saved("Qwen2-VL-2B-Instruct-4bit")))
+    strip = picture(4, 3000)
+    said = "of 4 x 3,000 pixels, one side 750 times the other; send it in another shape"
+    with pytest.raises(Unsupported, match=f"cannot take picture {digest(strip)[:12]} {said}"):
+        prepare(ask(strip, "what is this?"), reader, SETTINGS, {digest(strip): png(strip)}.get)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_large_picture_is_shown_with_as_many_pixels_as_the_setting_says(name: str) -> None:
+    settings = Settings.from_env({"RADIXQ_MAX_PIXELS": "150000"})
+    bounded = load_tokenizer(str(saved(name)), pictures=Bounds.of(settings)).processor
+    free = load_tokenizer(str(saved(name)), pictures=Bounds.of(SETTINGS)).processor
+    assert free is not None
+    assert bounded is not None
+    for size in ((700, 700), (1200, 160), (160, 1200)):
+        image = picture(*size)
+        made = bounded.pixels(digest(image), png(image))
+        shown = made.inputs["pixel_values"]
+        # Qwen: patches, each twice for time; the others: tiles, of which the last is the whole once more.
+        num_pixels = (
+            shown.shape[0] * 14 * 14 if name.startswith("Qwen") else shown[0][:-1, 0].size or shown[0][:, 0].size
+        )
+        assert num_pixels <= 150_000
+        assert LEAST_TOKENS <= len(made.ids) == bounded.count(*size) < free.count(*size)
+    assert bounded.count(90, 60) == free.count(90, 60) or name.startswith("SmolVLM"), "no smaller than it is"
+
+
+def test_the_setting_is_to_tokens_and_answers_what_a_smaller_bound_in_the_models_own_files_is(tmp_path: Path) -> None:
+    ours, theirs = saved("Qwen2-VL-2B-Instruct-4bit"), tmp_path / "bounded"
+    shutil.copytree(ours, theirs)
+    file = theirs / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_pixels": 65_536}))
+    runs = [bench_at(ours, dtype="float32", pictures=Bounds(shown=65_536)), bench_at(theirs, dtype="float32")]
+    asked = [run.prompt(picture(600, 400), "what is this?", max_tokens=4) for run in runs]
+    answers = [run.run({"job": prompt})["job"] for run, prompt in zip(runs, asked, strict=True)]
+    assert asked[0].tokens.tolist() == asked[1].tokens.tolist()
+    assert answers[0] == answers[1]
+    used = [event.usage for run in runs if isinstance(event := run.ended["job"], Finished)]
+    assert used[0] == used[1]
+    assert used[0].prompt_tokens == len(asked[0].tokens) < 150
+
+
+def test_doctor_says_what_a_photograph_costs_with_the_setting() -> None:
+    asked = {"MLX_MODEL_PATH": str(saved("Qwen2-VL-2B-Instruct-4bit"))}
+    for more, num_tokens in (({}, "3,834"), ({"RADIXQ_MAX_PIXELS": "1000000"}, "1,230")):
+        found = {check.name: check.detail for check in doctor.examine(Settings.from_env(asked | more))}
+        assert found["pictures"] == f"taken; 2,000 x 1,500 pixels are {num_tokens} tokens"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

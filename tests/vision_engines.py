@@ -21,10 +21,12 @@ from worker.cache import Limits
 from worker.engine import Engine
 from worker.model import LoadedModel, LoadedTokenizer
 from worker.prepare import prepare
+from worker.processor import Bounds
 from worker.sequence import Event, Failed, Finished, Prompt
 
 Part = str | Image.Image
 SETTINGS = Settings.from_env({})
+_ANY = Bounds()
 _ALONE: dict[tuple[Any, ...], tuple[list[int], list[Any]]] = {}
 
 
@@ -35,8 +37,9 @@ def saved(family: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _loaded(path: Path, dtype: str | None) -> tuple[LoadedModel, LoadedTokenizer]:
-    return model.load(str(path), dtype=dtype, device=platform.device()), model.load_tokenizer(str(path))
+def _loaded(path: Path, dtype: str | None, pictures: Bounds) -> tuple[LoadedModel, LoadedTokenizer]:
+    loaded = model.load(str(path), dtype=dtype, device=platform.device(), pictures=pictures)
+    return loaded, model.load_tokenizer(str(path), pictures=pictures)
 
 
 @lru_cache(maxsize=8)
@@ -129,9 +132,10 @@ def bench(family: str = "qwen2_vl", *, dtype: str | None = None, **limits: Any) 
 
 
 def bench_at(path: Path, *, dtype: str | None = None, max_rows: int = 6, chunk_tokens: int = 32,
-             kv_bytes: int = 1 << 30, picture_bytes: int = 1 << 24, exact: bool = False) -> Bench:  # fmt: skip
+             kv_bytes: int = 1 << 30, picture_bytes: int = 1 << 24, exact: bool = False,
+             pictures: Bounds = _ANY) -> Bench:  # fmt: skip
     """Build an engine on a model's directory."""
-    loaded, reader = _loaded(path, dtype)
+    loaded, reader = _loaded(path, dtype, pictures)
     limits = Limits(max_rows, chunk_tokens, kv_bytes, picture_bytes=picture_bytes)
     return Bench(path, loaded, reader, Engine(loaded, limits, exact=exact))
 

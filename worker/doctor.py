@@ -27,6 +27,7 @@ from worker import platform, server
 
 _OURS: Final = ("common", "producer", "worker")
 _OLDEST_SERVER: Final = (6, 2)  # LMOVE
+_PHOTO: Final = (2000, 1500)  # pixels of a picture whose cost is shown
 _WEIGHTS: Final = ("*.safetensors", "*.gguf")
 
 
@@ -207,13 +208,14 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
 
     from worker import crossover, model, probe
     from worker.cache import WAYS
+    from worker.processor import Bounds
 
     name, device = "prefixes", platform.device()
     if _stored_bytes(path) >= device.working_set_bytes:
         yield Check(name, False, "not tried: the weights do not fit", "take a smaller or more strongly quantised model")
         return
     try:
-        loaded = model.load(path, dtype=settings.dtype, device=device)
+        loaded = model.load(path, dtype=settings.dtype, device=device, pictures=Bounds.of(settings))
     except RadixqError as error:
         yield Check(name, False, " ".join(str(error).split()), "put another path or hub id into MLX_MODEL_PATH")
         return
@@ -221,8 +223,11 @@ def _loaded(settings: Settings, path: str) -> Iterator[Check]:
     caches = sorted({type(layer).__name__ for layer in make_prompt_cache(loaded.model)})
     fix = "take another model if prompts share much; this one runs, and computes each prompt anew"
     yield Check(name, way != "none", f"{way}: {WAYS[way]} ({', '.join(caches)})", fix)
-    sees = loaded.processor is not None and way == "shared"
-    yield Check("pictures", True, "taken" if sees else f"none: {loaded.blind}")
+    detail = f"none: {loaded.blind}"
+    if loaded.processor is not None and way == "shared":
+        width, height = _PHOTO
+        detail = f"taken; {width:,} x {height:,} pixels are {loaded.processor.count(width, height):,} tokens"
+    yield Check("pictures", True, detail)
     if way == "shared":
         key = crossover.device_key(device, platform.prepare(fast_blas=settings.fast_blas))
         measured = crossover.at_load(loaded.model, settings.home, key).words

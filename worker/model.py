@@ -27,7 +27,7 @@ from common.errors import ModelNotLoaded, RadixqError
 from common.log import logger
 from worker import gguf, processor, vision
 from worker.platform import DeviceInfo
-from worker.processor import Processor
+from worker.processor import Bounds, Processor
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
@@ -40,6 +40,7 @@ _MAX_REASON = 300  # characters of a library's message: one that lists all weigh
 # mlx-lm's olmo without a package that it needs; in a thread it would end the thread without a word.
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
 M = TypeVar("M", bound=Module)
+_ANY_PICTURE = Bounds()
 _TEXT_ONLY = "it reads text only"
 _IN_PLACE = "they need prefixes that are read in place"
 NO_PICTURES = "no pictures: "
@@ -87,7 +88,7 @@ class LoadedModel:
 
 
 def load(
-    path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, max_image_pixels: int = processor.MAX_PIXELS
+    path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, pictures: Bounds = _ANY_PICTURE
 ) -> LoadedModel:
     """Load weights and tokenizer of a directory, a hub id or a `.gguf` file, and run one token through them.
 
@@ -95,7 +96,7 @@ def load(
     that needs more than half of the memory, and stored on Metal.
     """
     path, name = _find(path_or_id)
-    read = _read_tokenizer(path, name, max_image_pixels)
+    read = _read_tokenizer(path, name, pictures)
     digest = _digest(path)  # before MLX opens the files: where a disk hangs, it would hold Python's lock, and so all
     seeing, blind = _with_pictures(path, read, dtype, device) if read.processor else (None, read.blind)
     model, notes = seeing or _evaluated(*_read_model(path), dtype, device)
@@ -115,15 +116,15 @@ def load(
     )
 
 
-def load_tokenizer(path_or_id: str, *, max_image_pixels: int = processor.MAX_PIXELS) -> LoadedTokenizer:
+def load_tokenizer(path_or_id: str, *, pictures: Bounds = _ANY_PICTURE) -> LoadedTokenizer:
     """Load the tokenizer alone, the same as `load` does, without reading weights."""
-    return _read_tokenizer(*_find(path_or_id), max_image_pixels)
+    return _read_tokenizer(*_find(path_or_id), pictures)
 
 
 def skeleton(path_or_id: str) -> tuple[LoadedTokenizer, Module]:
     """Return tokenizer and model with no weight read: enough to see what kinds of cache it has."""
     path, name = _find(path_or_id)
-    read = _read_tokenizer(path, name, processor.MAX_PIXELS)
+    read = _read_tokenizer(path, name, _ANY_PICTURE)
     if read.processor is not None:
         with contextlib.suppress(*_LIBRARY_ERRORS):
             return read, vision.load(path)
@@ -234,7 +235,7 @@ def _brief(error: BaseException) -> str:
 # -- tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def _read_tokenizer(path: Path, name: str, max_image_pixels: int) -> LoadedTokenizer:
+def _read_tokenizer(path: Path, name: str, pictures: Bounds) -> LoadedTokenizer:
     if path.is_file():
         header = gguf.read_header(path)
         config, tokenizer = gguf.load_config(header, path), gguf.load_tokenizer(header, path)
@@ -246,19 +247,19 @@ def _read_tokenizer(path: Path, name: str, max_image_pixels: int) -> LoadedToken
             f"{path} has no chat template, so it is a base model or a part is missing: take the instruct version"
             + ("" if path.is_file() else ", or add chat_template.jinja")
         )
-    seeing, blind = _read_processor(path, config, name, max_image_pixels)
+    seeing, blind = _read_processor(path, config, name, pictures)
     ends = frozenset(tokenizer.eos_token_ids) | (seeing.ends if seeing else frozenset())
     return LoadedTokenizer(tokenizer, name, _context_length(config, path), ends, seeing, blind)
 
 
-def _read_processor(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> tuple[Processor | None, str]:
+def _read_processor(path: Path, config: dict[str, Any], name: str, pictures: Bounds) -> tuple[Processor | None, str]:
     """Return the processor of pictures, or None and why there is none."""
     if path.is_file() or not processor.has_tower(config):
         return None, _TEXT_ONLY
     if not processor.installed():
         return None, f"the worker lacks the part that reads pictures; install it there: {processor.INSTALL}"
     try:
-        return processor.load(path, config, name, max_pixels), ""
+        return processor.load(path, config, name, pictures), ""
     except ModelNotLoaded as error:
         return None, str(error)
 

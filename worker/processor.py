@@ -9,10 +9,12 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from common.errors import ModelNotLoaded, Unsupported
 from common.settings import Settings
@@ -20,13 +22,11 @@ from worker.pictures import decode, missing
 from worker.recent import Recent
 from worker.sequence import Picture, Tokens
 
-MAX_PIXELS: Final[int] = Settings.model_fields["max_image_pixels"].default
-"""Of a picture, unless the settings say another figure."""
-
 INSTALL = "pip install 'radixq[vision]'"
 LEAST_TOKENS = 4
 """A picture of fewer tokens is refused: its keys, 31 bits each, would not tell it surely from every other."""
 
+_LONG = 10  # times as long as wide: said where a picture is refused, since processors bound it, Qwen2-VL's at 200
 _LAYOUT_BYTES = 32 << 20
 # What a processor raises over a picture that it does not take; nothing of ours runs in it.
 _REFUSED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, OSError)
@@ -67,6 +67,23 @@ class Pixels(NamedTuple):
     inputs: dict[str, Any]
 
 
+class Bounds(NamedTuple):
+    """What a picture may have in pixels.
+
+    Attributes:
+        taken: at most, or it is refused.
+        shown: to the model, which gets a larger picture scaled down; None: as many as the model's own files say.
+    """
+
+    taken: int = Settings.model_fields["max_image_pixels"].default
+    shown: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        """Return what the settings say."""
+        return cls(settings.max_image_pixels, settings.max_pixels)
+
+
 class Processor:
     """The processor of one model.
 
@@ -76,8 +93,10 @@ class Processor:
         ends: tokens that end an answer, besides those of the tokenizer.
     """
 
-    def __init__(self, processor: Any, name: str, max_pixels: int) -> None:
-        self._processor, self._name, self._max_pixels = processor, name, max_pixels
+    def __init__(self, processor: Any, name: str, bounds: Bounds) -> None:
+        self._processor, self._name, self._max_pixels = processor, name, bounds.taken
+        if bounds.shown is not None:
+            _show_at_most(getattr(processor, "image_processor", None), bounds.shown)
         tokenizer = processor.tokenizer
         template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
         self.chat_template = template if isinstance(template, str) else None
@@ -112,14 +131,41 @@ class Processor:
             raise missing(digest)
         image = decode(digest, data, max_pixels=self._max_pixels)
         try:
-            made = dict(self._processor(text=[self._text], images=[image], add_special_tokens=False))
-            ids = np.array(made.pop("input_ids")).reshape(-1).astype(np.int32)
+            return self._run(image)
         except _REFUSED as error:
+            times = max(image.size) // min(image.size)
+            shape = f", one side {times:,} times the other" if times >= _LONG else ""
             raise Unsupported(
-                f"{self._name} cannot take picture {digest[:12]} of {image.width} x {image.height} pixels: {error}"
+                f"{self._name} cannot take picture {digest[:12]} of {image.width:,} x {image.height:,} pixels{shape}; "
+                f"send it in another shape or size, for example in parts (its processor says: {error})"
             ) from error
+
+    def count(self, width: int, height: int) -> int:
+        """Return how many tokens a picture of this size takes."""
+        return len(self._run(Image.new("RGB", (width, height))).ids)
+
+    def _run(self, image: Image.Image) -> Pixels:
+        made = dict(self._processor(text=[self._text], images=[image], add_special_tokens=False))
+        ids = np.array(made.pop("input_ids")).reshape(-1).astype(np.int32)
         made.pop("attention_mask", None)
         return Pixels(ids, made)
+
+
+def _show_at_most(image_processor: Any, num_pixels: int) -> None:
+    """Let a processor scale larger pictures down; one that gives every picture the same size stays as it is."""
+    own = getattr(image_processor, "max_pixels", None)
+    if own is not None:  # Qwen2-VL and its like
+        image_processor.max_pixels = min(own, num_pixels)
+        image_processor.min_pixels = min(image_processor.min_pixels, num_pixels)
+        return
+    edge = _edge(image_processor, "size")
+    tile = _edge(image_processor, "max_image_size")
+    if edge and tile:  # Idefics 3 and its like: as many tiles as cover the picture, once its longer edge is `edge`
+        image_processor.size = {"longest_edge": min(edge, max(1, isqrt(num_pixels) // tile) * tile)}
+
+
+def _edge(image_processor: Any, name: str) -> int | None:
+    return dict(getattr(image_processor, name, None) or {}).get("longest_edge")
 
 
 def _mark(processor: Any, template: str) -> str:
@@ -142,7 +188,7 @@ def place(tokens: Tokens, digests: Iterable[str], layouts: Iterable[Layout], pla
     return np.concatenate([*pieces, tokens[begin:]]), tuple(pictures)
 
 
-def load(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> Processor:
+def load(path: Path, config: dict[str, Any], name: str, bounds: Bounds) -> Processor:
     """Load the processor of a model directory.
 
     Raises:
@@ -154,7 +200,7 @@ def load(path: Path, config: dict[str, Any], name: str, max_pixels: int) -> Proc
     try:
         get_model_and_args(config)  # whose import tells transformers which class to take
         loaded = load_processor(path, add_detokenizer=False, trust_remote_code=False)  # mlx-vlm's default is to trust
-        return Processor(loaded, name, max_pixels)
+        return Processor(loaded, name, bounds)
     except (*_REFUSED, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelNotLoaded(f"cannot load the picture processor of {path}: {reason}; download it again") from error

@@ -136,13 +136,12 @@ class Runner:
         from worker import crossover, model, probe
         from worker.cache import WAYS, Limits
         from worker.engine import Engine
+        from worker.processor import Bounds
 
         if settings.model_path is None:
             raise ModelNotLoaded("no model: set MLX_MODEL_PATH to a directory, a hub id or a .gguf file")
         device = platform.device()
-        loaded = model.load(
-            settings.model_path, dtype=settings.dtype, device=device, max_image_pixels=settings.max_image_pixels
-        )
+        loaded = model.load(settings.model_path, dtype=settings.dtype, device=device, pictures=Bounds.of(settings))
         budget = _kv_budget(settings, loaded, device.working_set_bytes, mx.get_active_memory())
         mx.set_cache_limit(min(_POOL_BYTES, budget))
         way = probe.reuse(loaded.model, loaded.context_length)

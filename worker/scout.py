@@ -362,8 +362,9 @@ class _Alarm:
 
 def _load(settings: Settings) -> LoadedTokenizer:
     from worker.model import load_tokenizer  # late: the worker imports this module before MLX may be imported
+    from worker.processor import Bounds
 
     if settings.model_path is None:
         raise ModelNotLoaded("MLX_MODEL_PATH is not set: give a directory, a .gguf file or a hub id")
     logging.getLogger(_TOO_LONG).setLevel(logging.ERROR)
-    return load_tokenizer(settings.model_path, max_image_pixels=settings.max_image_pixels)
+    return load_tokenizer(settings.model_path, pictures=Bounds.of(settings))

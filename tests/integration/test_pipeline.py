@@ -121,11 +121,13 @@ class TestFullPipelineIntegration:
         good = seeing.submit("And who are you?", max_tokens=4)
         blind = pipeline.submit("What is this?", images=[Image.new("RGB", (30, 30))], max_tokens=4)
         beside = pipeline.submit("And who are you?", max_tokens=4)
-        for ticket in (bad, blind):
-            with pytest.raises(GenerationFailed) as caught:
+        for ticket, why in (
+            (bad, "one side 750 times the other; send it in another shape"),
+            (blind, r"radixq\[vision\]"),
+        ):
+            with pytest.raises(GenerationFailed, match=why) as caught:
                 ticket.result(timeout_s=300)
             assert caught.value.code == "unsupported"
-        assert "radixq[vision]" in str(caught.value)
         assert {ticket.result(timeout_s=300).status for ticket in (good, beside)} == {"finished"}
 
 
