@@ -19,7 +19,7 @@ from worker.server import Tether
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-WAIT_S = 90.0  # generous: the machine may be slow and shared; what is waited for comes long before
+WAIT_S = 300.0  # generous: the machine may be slow and shared; what is waited for comes long before
 
 
 def wait_until(condition: Callable[[], T], what: str, *, within_s: float = WAIT_S, every_s: float = 0.02) -> T:

@@ -14,6 +14,7 @@ from common import keys
 from producer import GenerationFailed
 from tests.integration.conftest import KV_BYTES, POISON, Pipeline
 
+pytestmark = pytest.mark.timeout(1_800)  # the first test of each worker waits for it to load, all for results
 _number = itertools.count()
 
 
