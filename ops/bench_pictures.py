@@ -33,6 +33,7 @@ from worker import model  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.prepare import prepare  # noqa: E402
+from worker.reader import load_tokenizer  # noqa: E402
 from worker.sequence import Failed, Finished, Prompt  # noqa: E402
 
 ROWS, CHUNK_TOKENS, KV_BYTES = 32, 512, 4 << 30
@@ -130,7 +131,7 @@ class Work:
         return Outcome(texts, stats.prompt_tokens, stats.cached_tokens)
 
     def _prompts(self) -> list[Prompt]:
-        reader = model.load_tokenizer(self.path)  # anew, so that every run reads its pictures
+        reader = load_tokenizer(self.path)  # anew, so that every run reads its pictures
         stored: dict[str, bytes] = {}
         prompts = []
         for image, question in self.jobs:

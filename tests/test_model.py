@@ -18,6 +18,7 @@ import pytest
 from common.errors import ModelNotLoaded
 from tests.models import EOS, parameters, save_tiny
 from worker import model, platform
+from worker.reader import load_tokenizer
 
 CPU = replace(platform.device(), kind="cpu", total_memory_bytes=16 * 10**9)
 METAL = replace(CPU, kind="metal")
@@ -148,7 +149,7 @@ def test_the_tokenizer_alone_is_the_same_and_needs_no_weights(tmp_path: Path) ->
     directory = save_tiny(tmp_path / "tiny")
     whole = model.load(str(directory), device=CPU)
     (directory / "model.safetensors").unlink()
-    alone = model.load_tokenizer(str(directory))
+    alone = load_tokenizer(str(directory))
     text = "in the <|im_start|>end 🙂"
     assert alone.tokenizer.encode(text) == whole.tokenizer.encode(text)
     assert (alone.name, alone.context_length, alone.eos_token_ids) == (

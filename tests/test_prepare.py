@@ -15,8 +15,8 @@ from common.errors import ContextLengthExceeded, InvalidRequest, Unsupported
 from common.messages import WIRE_VERSION, GenerateJob, Sampling
 from common.settings import Settings
 from tests.models import EOS, tiny, tiny_tokenizer
-from worker.model import LoadedTokenizer
 from worker.prepare import prepare, read_job, seeded
+from worker.reader import LoadedTokenizer
 
 MAX_BYTES = 10_000
 SETTINGS = Settings.from_env({"RADIXQ_MAX_TOKENS": "50"})

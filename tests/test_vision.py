@@ -30,6 +30,7 @@ from worker.prepare import prepare
 from worker.probe import reuse
 from worker.processor import keys
 from worker.radix import Match
+from worker.reader import load_tokenizer
 from worker.recent import Recent
 from worker.sequence import Failed, Finished, Prompt
 
@@ -246,7 +247,7 @@ def test_a_family_whose_pictures_are_more_than_embeddings_serves_text_and_says_w
 
 def test_a_model_that_keeps_more_than_plain_kv_serves_text_and_says_why() -> None:
     path = str(saved("gemma3"))
-    loaded, reader = model.load(path, device=platform.device()), model.load_tokenizer(path)
+    loaded, reader = model.load(path, device=platform.device()), load_tokenizer(path)
     assert loaded.processor is None
     assert loaded.notes == (f"no pictures: {loaded.blind}",)
     assert "RotatingKVCache" in loaded.blind
@@ -291,7 +292,7 @@ def not_installed() -> Iterator[None]:
 
 def test_without_the_extra_a_vision_model_reads_text_and_says_what_to_install(not_installed: None) -> None:
     path = str(saved("qwen2_vl"))
-    loaded, reader = model.load(path, device=platform.device()), model.load_tokenizer(path)
+    loaded, reader = model.load(path, device=platform.device()), load_tokenizer(path)
     assert loaded.processor is None
     assert any("radixq[vision]" in note for note in loaded.notes)
     assert prepare(ask("Hello"), reader, SETTINGS).tokens.size

@@ -20,9 +20,9 @@ from tests.vision_engines import SETTINGS, Part, ask, bench_at
 from tests.vision_layouts import LAYOUTS, save_layout
 from tests.vision_models import digest, picture, png
 from worker import doctor
-from worker.model import load_tokenizer
 from worker.prepare import prepare
 from worker.processor import LEAST_TOKENS, Bounds
+from worker.reader import load_tokenizer
 from worker.sequence import Finished
 
 CAT, TALL = picture(90, 60), picture(60, 300, 1)

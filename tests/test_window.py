@@ -18,7 +18,7 @@ from common.settings import Settings
 from tests.models import save_tiny, tiny_tokenizer
 from tests.processes import wait_until
 from tests.queued import calls, claim, enqueue, queue_of
-from worker.model import LoadedTokenizer, load_tokenizer
+from worker.reader import LoadedTokenizer, load_tokenizer
 from worker.reject import to_bytes
 from worker.suspects import Suspicion
 from worker.window import Window, connect

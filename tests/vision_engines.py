@@ -19,9 +19,10 @@ from tests.vision_models import digest, png, save_tiny_vision, url
 from worker import model, platform
 from worker.cache import Limits
 from worker.engine import Engine
-from worker.model import LoadedModel, LoadedTokenizer
+from worker.model import LoadedModel
 from worker.prepare import prepare
 from worker.processor import Bounds
+from worker.reader import LoadedTokenizer, load_tokenizer
 from worker.sequence import Event, Failed, Finished, Prompt
 
 Part = str | Image.Image
@@ -39,7 +40,7 @@ def saved(family: str) -> Path:
 @lru_cache(maxsize=8)
 def _loaded(path: Path, dtype: str | None, pictures: Bounds) -> tuple[LoadedModel, LoadedTokenizer]:
     loaded = model.load(str(path), dtype=dtype, device=platform.device(), pictures=pictures)
-    return loaded, model.load_tokenizer(str(path), pictures=pictures)
+    return loaded, load_tokenizer(str(path), pictures=pictures)
 
 
 @lru_cache(maxsize=8)

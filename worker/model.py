@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,52 +15,29 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx_lm.utils
-from huggingface_hub.errors import HfHubHTTPError
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import ModelNotLoaded, RadixqError
 from common.log import logger
-from worker import gguf, processor, vision
+from worker import gguf, processor, reader, vision
 from worker.platform import DeviceInfo
 from worker.processor import Bounds, Processor
+from worker.reader import ANY_PICTURE, TEXT_ONLY, LoadedTokenizer
 
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "*.tiktoken")
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "model_max_length")
 _SHOW_SUPPORTED = "ls $(python -c 'import mlx_lm.models as m; print(m.__path__[0])')"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _EDGE_BYTES = 1 << 20  # of a weight file, read at its beginning and at its end for the digest
-_MAX_REASON = 300  # characters of a library's message: one that lists all weights is longer than a screen
 # What mlx-lm and transformers raise for a file that is broken or not what they expect. SystemExit comes from importing
 # mlx-lm's olmo without a package that it needs; in a thread it would end the thread without a word.
 _LIBRARY_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, OSError, SystemExit)
 M = TypeVar("M", bound=Module)
-_ANY_PICTURE = Bounds()
-_TEXT_ONLY = "it reads text only"
 _IN_PLACE = "they need prefixes that are read in place"
 NO_PICTURES = "no pictures: "
 """What begins the note that says why a vision model takes none."""
 
 log = logger("worker.model")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedTokenizer:
-    """What a process needs that renders and counts tokens but computes nothing.
-
-    Attributes:
-        name: hub id, directory name, or file name without `.gguf`.
-        processor: of pictures; None where none can be taken, for the reason in `blind`.
-    """
-
-    tokenizer: TokenizerWrapper
-    name: str
-    context_length: int
-    eos_token_ids: frozenset[int]
-    processor: Processor | None = field(default=None, repr=False)
-    blind: str = _TEXT_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +58,19 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     notes: tuple[str, ...]  # what a person should know about how it was loaded
     processor: Processor | None = field(default=None, repr=False)  # if it takes pictures, and `model` a VisionModel
-    blind: str = _TEXT_ONLY  # why no picture is taken: there is no processor, or prefixes are not read in place
+    blind: str = TEXT_ONLY  # why no picture is taken: there is no processor, or prefixes are not read in place
 
 
 def load(
-    path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, pictures: Bounds = _ANY_PICTURE
+    path_or_id: str, *, dtype: str | None = None, device: DeviceInfo, pictures: Bounds = ANY_PICTURE
 ) -> LoadedModel:
     """Load weights and tokenizer of a directory, a hub id or a `.gguf` file, and run one token through them.
 
     `dtype` is float32, float16, bfloat16 (weights are unpacked to it) or stored; None takes float32 on the CPU, unless
     that needs more than half of the memory, and stored on Metal.
     """
-    path, name = _find(path_or_id)
-    read = _read_tokenizer(path, name, pictures)
+    path, name = reader.find(path_or_id)
+    read = reader.read(path, name, pictures)
     digest = _digest(path)  # before MLX opens the files: where a disk hangs, it would hold Python's lock, and so all
     seeing, blind = _with_pictures(path, read, dtype, device) if read.processor else (None, read.blind)
     model, notes = seeing or _evaluated(*_read_model(path), dtype, device)
@@ -116,15 +90,10 @@ def load(
     )
 
 
-def load_tokenizer(path_or_id: str, *, pictures: Bounds = _ANY_PICTURE) -> LoadedTokenizer:
-    """Load the tokenizer alone, the same as `load` does, without reading weights."""
-    return _read_tokenizer(*_find(path_or_id), pictures)
-
-
 def skeleton(path_or_id: str) -> tuple[LoadedTokenizer, Module]:
     """Return tokenizer and model with no weight read: enough to see what kinds of cache it has."""
-    path, name = _find(path_or_id)
-    read = _read_tokenizer(path, name, _ANY_PICTURE)
+    path, name = reader.find(path_or_id)
+    read = reader.read(path, name, ANY_PICTURE)
     if read.processor is not None:
         with contextlib.suppress(*_LIBRARY_ERRORS):
             return read, vision.load(path)
@@ -140,10 +109,10 @@ def _with_pictures(
         model, notes = _evaluated(vision.load(path), None, dtype, device)
         vision.try_out(model, read.processor)
     except RadixqError as error:
-        return None, _brief(error)
+        return None, reader.brief(error)
     except _LIBRARY_ERRORS as error:
         log.exception("this model cannot take pictures here")
-        return None, _brief(error)
+        return None, reader.brief(error)
     return (model, notes), _IN_PLACE
 
 
@@ -155,50 +124,8 @@ def _evaluated(model: M, native: mx.Dtype | None, dtype: str | None, device: Dev
     return model, notes
 
 
-# -- files ---------------------------------------------------------------------------------------------------------
-
-
-def _find(path_or_id: str) -> tuple[Path, str]:
-    """Return a directory or a file that exists, and the model's name."""
-    path = Path(os.path.abspath(Path(path_or_id).expanduser()))  # keeps the name of a symbolic link
-    if path.is_dir():
-        return path, path.name
-    if path.exists():
-        return path, path.name.removesuffix(".gguf")
-    if not _HUB_ID.fullmatch(path_or_id):
-        raise ModelNotLoaded(
-            f"MLX_MODEL_PATH={path_or_id!r} does not exist: give a directory, a .gguf file or a hub id (owner/name)"
-        )
-    try:
-        return mlx_lm.utils._download(path_or_id), path_or_id  # what mlx_lm.load does with a hub id
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        raise ModelNotLoaded(
-            f"MLX_MODEL_PATH={path_or_id!r} is neither a path that exists nor a model that could be fetched from the "
-            f"hub ({_brief(error)}): check the spelling and the network, or download it and give its directory"
-        ) from error
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    try:
-        config = mlx_lm.utils.load_config(directory)
-        if not isinstance(config.get("model_type"), str):
-            raise ValueError("it has no model_type")
-    except FileNotFoundError as error:
-        raise ModelNotLoaded(f"{directory} has no config.json{_hint(directory)}") from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelNotLoaded(f"cannot read {directory}/config.json: {_brief(error)}; download it again") from error
-    return dict(config)
-
-
 def _has_tower(path: Path) -> bool:
-    return path.is_dir() and processor.has_tower(_read_config(path))
-
-
-def _hint(directory: Path) -> str:
-    inside = sorted(directory.glob("*.gguf"))
-    if inside:
-        return f": to load the file in it, set MLX_MODEL_PATH={inside[0]}"
-    return ": a model directory holds config.json, model*.safetensors and tokenizer files, as on the hub"
+    return path.is_dir() and processor.has_tower(reader.read_config(path))
 
 
 def _digest(path: Path) -> str:
@@ -206,7 +133,7 @@ def _digest(path: Path) -> str:
     try:
         return _hashed(path)
     except OSError as error:
-        raise ModelNotLoaded(f"cannot load the weights of {path}: {_brief(error)}; download it again") from error
+        raise ModelNotLoaded(f"cannot load the weights of {path}: {reader.brief(error)}; download it again") from error
 
 
 def _hashed(path: Path) -> str:
@@ -226,72 +153,6 @@ def _hashed(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _brief(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return "mlx-lm needs a package for it that is not installed"
-    return " ".join(str(error).split())[:_MAX_REASON]
-
-
-# -- tokenizer -----------------------------------------------------------------------------------------------------
-
-
-def _read_tokenizer(path: Path, name: str, pictures: Bounds) -> LoadedTokenizer:
-    if path.is_file():
-        header = gguf.read_header(path)
-        config, tokenizer = gguf.load_config(header, path), gguf.load_tokenizer(header, path)
-    else:
-        config = _read_config(path)
-        tokenizer = _read_directory_tokenizer(path, config)
-    if not tokenizer.has_chat_template:
-        raise ModelNotLoaded(
-            f"{path} has no chat template, so it is a base model or a part is missing: take the instruct version"
-            + ("" if path.is_file() else ", or add chat_template.jinja")
-        )
-    seeing, blind = _read_processor(path, config, name, pictures)
-    ends = frozenset(tokenizer.eos_token_ids) | (seeing.ends if seeing else frozenset())
-    return LoadedTokenizer(tokenizer, name, _context_length(config, path), ends, seeing, blind)
-
-
-def _read_processor(path: Path, config: dict[str, Any], name: str, pictures: Bounds) -> tuple[Processor | None, str]:
-    """Return the processor of pictures, or None and why there is none."""
-    if path.is_file() or not processor.has_tower(config):
-        return None, _TEXT_ONLY
-    if not processor.installed():
-        return None, f"the worker lacks the part that reads pictures; install it there: {processor.INSTALL}"
-    try:
-        return processor.load(path, config, name, pictures), ""
-    except ModelNotLoaded as error:
-        return None, str(error)
-
-
-def _read_directory_tokenizer(path: Path, config: dict[str, Any]) -> TokenizerWrapper:
-    if not any(file for name in _TOKENIZER_FILES for file in path.glob(name)):
-        raise ModelNotLoaded(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): copy it from the model's page")
-    try:
-        # Without trust_remote_code, transformers asks on the terminal whether to run the model's own code.
-        never: dict[str, Any] = {"trust_remote_code": False}
-        ends = config.get("eos_token_id")
-        tokenizer: TokenizerWrapper = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
-        beside = path / "chat_template.json"  # where vision models have it, and transformers' tokenizers do not look
-        if not tokenizer.has_chat_template and beside.exists():
-            never["chat_template"] = json.loads(beside.read_text())["chat_template"]
-            tokenizer = mlx_lm.utils.load_tokenizer(path, never, ends)  # type: ignore[no-untyped-call]
-    except (Exception, SystemExit) as error:  # bare Exception: tokenizers, for a broken file; SystemExit: see above
-        raise ModelNotLoaded(f"cannot load the tokenizer of {path}: {_brief(error)}; download it again") from error
-    return tokenizer
-
-
-def _context_length(config: dict[str, Any], path: Path) -> int:
-    for part in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(part.get(key), int):
-                return int(part[key])
-    raise ModelNotLoaded(
-        f"the config of {path} names no context length: set max_position_embeddings in it to the longest prompt plus "
-        "answer, in tokens, that the model should take"
-    )
-
-
 # -- weights -------------------------------------------------------------------------------------------------------
 
 
@@ -300,18 +161,18 @@ def _read_model(path: Path) -> tuple[Module, mx.Dtype | None]:
     if path.is_file():
         header = gguf.read_header(path)
         return gguf.load_model(header, path), header.float_dtype
-    model_type = _read_config(path)["model_type"]
+    model_type = reader.read_config(path)["model_type"]
     try:
         return mlx_lm.utils.load_model(path, lazy=True)[0], None
     except FileNotFoundError as error:
-        raise ModelNotLoaded(f"{path} has no model*.safetensors{_hint(path)}") from error
+        raise ModelNotLoaded(f"{path} has no model*.safetensors{reader.hint(path)}") from error
     except _LIBRARY_ERRORS as error:
         if f"Model type {model_type} not supported" in str(error):
             raise ModelNotLoaded(
                 f"{path} is of type {model_type!r}, which mlx-lm {mlx_lm.__version__} does not know; "
                 f"see what it knows: {_SHOW_SUPPORTED}"
             ) from error
-        raise ModelNotLoaded(f"cannot load the weights of {path}: {_brief(error)}; download it again") from error
+        raise ModelNotLoaded(f"cannot load the weights of {path}: {reader.brief(error)}; download it again") from error
 
 
 def _choose_dtype(model: Module, dtype: str | None, device: DeviceInfo) -> tuple[str, tuple[str, ...]]:
@@ -349,7 +210,7 @@ def _run_one_token(model: Module, path: Path) -> dict[str, Any]:
         logits = model(mx.zeros((1, 1), mx.int32), cache=cache)
         mx.eval(logits)
     except _LIBRARY_ERRORS as error:
-        raise ModelNotLoaded(f"the model of {path} cannot compute one token: {_brief(error)}") from error
+        raise ModelNotLoaded(f"the model of {path} cannot compute one token: {reader.brief(error)}") from error
     kinds = sorted({type(layer).__name__ for layer in cache})
     keys_and_values = [(leaf.keys, leaf.values) for leaf in _leaves(cache) if getattr(leaf, "keys", None) is not None]
     dtype = keys_and_values[0][0].dtype if keys_and_values else logits.dtype

@@ -1,6 +1,6 @@
 """Turn a job as it lies in Redis into a `Prompt`, or refuse it with a sentence: the one border for bad input.
 
-Knows no Redis and no MLX; a tokenizer is what `worker.model.load_tokenizer` returns. Refusals never quote the prompt.
+Knows no Redis and no MLX; a tokenizer is what `worker.reader.load_tokenizer` returns. Refusals never quote the prompt.
 
 Tokens are those of mlx-lm. A chat is rendered as its server does it: the model's template with
 `add_generation_prompt`, no BOS but the template's own. A raw prompt is encoded as `mlx_lm.stream_generate` does it:
@@ -31,7 +31,7 @@ from worker.processor import Processor, place
 from worker.sequence import Picture, Prompt, Tokens
 
 if TYPE_CHECKING:
-    from worker.model import LoadedTokenizer
+    from worker.reader import LoadedTokenizer
 
 # Arguments of transformers' apply_chat_template that are no variables of the template. `chat_template` would be code.
 _RESERVED = frozenset({

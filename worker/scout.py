@@ -39,7 +39,7 @@ from worker.watch import TRYING, Clock, Watch
 from worker.window import Candidate, Window, connect
 
 if TYPE_CHECKING:
-    from worker.model import LoadedTokenizer
+    from worker.reader import LoadedTokenizer
 
 POLL_S: Final = 0.1
 """How often queues that hold jobs are looked at for new ones; empty queues wake the child at once."""
@@ -361,8 +361,8 @@ class _Alarm:
 
 
 def _load(settings: Settings) -> LoadedTokenizer:
-    from worker.model import load_tokenizer  # late: the worker imports this module before MLX may be imported
-    from worker.processor import Bounds
+    from worker.processor import Bounds  # late: the worker imports this module before MLX may be imported
+    from worker.reader import load_tokenizer
 
     if settings.model_path is None:
         raise ModelNotLoaded("MLX_MODEL_PATH is not set: give a directory, a .gguf file or a hub id")

@@ -38,7 +38,7 @@ from worker.watch import entry
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
-    from worker.model import LoadedTokenizer
+    from worker.reader import LoadedTokenizer
 
 CLIENT_NAME: Final = "radixq-scout"
 SOCKET_S: Final = 5.0
