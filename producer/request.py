@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import re
-import reprlib
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from os import PathLike
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, cast
+from typing import Any, Final, cast
 
 from pydantic import ValidationError
 
@@ -21,70 +18,8 @@ from common import keys
 from common.errors import InvalidRequest, Unsupported
 from common.keys import DEFAULT_TIMEOUT_S
 from common.messages import GenerateJob, Sampling
+from producer.options import brief, refuse_unknown
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-class HasId(Protocol):
-    """What a dependency may be given as, instead of its id: a `Ticket`."""
-
-    id: str
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments of `submit`; None always means the default.
-
-    `images` are shown before the text: `data:` URLs, bytes of a file, a `pathlib.Path`, a `PIL.Image.Image`, or http(s)
-    URLs where `RADIXQ_IMAGE_URLS` allows it; the same may stand in `messages` as the `url` of an `image_url` part.
-    Files are PNG, JPEG, WebP, GIF, and HEIC where pillow-heif is installed.
-    `timeout_s` counts from the moment the worker starts the job, never the time in the queue; default one hour.
-    `expires_at` is a moment (a datetime with a time zone) or a number of seconds from now, by the server's clock; a job
-    that has not started by then never does, and ends as `expired`.
-    `idempotency_key`: as long as the result of the job that was first submitted with it is kept, another submit returns
-    that job's ticket; whether it waits, runs or has ended in whatever way. A different request is refused.
-    `max_queue_length` refuses the job with `QueueFull` when more would wait in its queue; jobs that run, or wait for
-    another job or for their next attempt, do not count.
-    `depends_on` names one job or several, by ticket or id; the job waits for them to finish. When one of them fails,
-    expires or is cancelled, so is this one, and its result says why.
-    `on_success`, `on_failure` and `on_stopped` name a function, `package.module.function`, that the worker calls with
-    what RQ gives to a callback, if its owner lists it in `RADIXQ_CALLBACKS`.
-    """
-
-    system: str | None
-    messages: Sequence[Mapping[str, Any]] | None
-    prompt: str | None
-    images: Sequence[str | bytes | PathLike[str] | Image] | None
-    max_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    model: str | None
-    queue: str | None
-    job_id: str | None
-    custom_id: str | None
-    metadata: Mapping[str, str] | None
-    chat_template_kwargs: Mapping[str, Any] | None
-    timeout_s: float | None
-    expires_at: datetime | float | None
-    idempotency_key: str | None
-    max_queue_length: int | None
-    depends_on: str | HasId | Sequence[str | HasId] | None
-    on_success: str | None
-    on_failure: str | None
-    on_stopped: str | None
-
-
-_KNOWN: Final = ("text", *Options.__annotations__)
-_LATER: Final = {
-    "audio", "batch_id", "best_of", "echo", "format", "frequency_penalty", "function_call", "functions", "grammar",
-    "json_schema", "logit_bias", "logprobs", "n", "parallel_tool_calls", "presence_penalty", "priority",
-    "prompt_logprobs", "repetition_penalty", "response_format", "store", "stream", "stream_options", "suffix",
-    "tool_choice", "tools", "top_logprobs", "user", "webhooks",
-}  # fmt: skip
 _JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _MAX_KEY: Final = 256  # characters of an idempotency key
 _MAX_PARENTS: Final = 1_000
@@ -104,8 +39,6 @@ _RULES: Final = {
     "union_tag_not_found": "has no type; known are text and image_url",
     "string_unicode": "is not valid Unicode: it holds a lone surrogate",
 }
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +85,7 @@ def parse(fields: Mapping[str, Any], *, max_bytes: int) -> Request:
         InvalidRequest: with the field, as the caller wrote it, and its value, shortened.
         Unsupported: a field or a content that a later version may take.
     """
-    _refuse_unknown(fields)
+    refuse_unknown(fields)
     given = {name: value for name, value in fields.items() if value is not None}
     source = _source(given)
     body = _body(given, source)
@@ -215,17 +148,6 @@ def _strings(value: object, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             yield from _strings(item, f"{name}[{index}]")
-
-
-def _refuse_unknown(fields: Mapping[str, Any]) -> None:
-    for name in fields:
-        if name in _KNOWN:
-            continue
-        if name in _LATER:
-            raise Unsupported(f"{name} is not supported by this version; leave it out", field=name)
-        close = difflib.get_close_matches(str(name), _KNOWN, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(_KNOWN)}"
-        raise InvalidRequest(f"unknown field {_short.repr(name)}; {hint}", field=str(name))
 
 
 def _source(given: Mapping[str, Any]) -> str:
@@ -382,4 +304,4 @@ def _path(error: Mapping[str, Any], body: Any) -> list[Any]:
 
 
 def _wrong(name: str, value: object, rule: str, field: str | None = None) -> InvalidRequest:
-    return InvalidRequest(f"{name}={_short.repr(value)} {rule}", field=field or name)
+    return InvalidRequest(f"{name}={brief(value)} {rule}", field=field or name)

@@ -24,7 +24,8 @@ from common.settings import Settings
 from producer.album import Album, Picture, store
 from producer.broker import Broker, connect
 from producer.enqueue import Draft, Refused, enqueue
-from producer.request import Options, Request, parse, surrogate, too_large
+from producer.options import Options
+from producer.request import Request, parse, surrogate, too_large
 from producer.ticket import Ticket
 
 CHUNK_JOBS: Final = 1_000
