@@ -58,6 +58,23 @@ def test_run_prints_settings_with_value_unit_and_source_and_needs_a_model(proces
     assert process.log.splitlines()[-1].startswith("radixq-worker: no model: set MLX_MODEL_PATH")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("RADIXQ_REDIS_URL", "http://u:secret@there", "Redis URL 'http://u:***@there': Redis URL must specify"),
+        ("RADIXQ_REDIS_URL", "redis://there:99999", "Redis URL 'redis://there:99999': Port out of range"),
+        ("RADIXQ_HOME", "/dev/null/home", "RADIXQ_HOME cannot be used: [Errno 20] Not a directory: '/dev/null/home'"),
+    ],
+)
+def test_run_with_a_broker_that_cannot_be_ends_with_one_line(
+    processes: Processes, name: str, value: str, says: str
+) -> None:
+    process = call(processes, "run", MLX_MODEL_PATH="/any", **{name: value})
+    assert process.popen.returncode == 2
+    assert process.log.splitlines()[-1].startswith(f"radixq-worker: {says}")
+    assert "Traceback" not in process.log
+
+
 def test_run_serves_jobs_on_the_url_it_was_given(processes: Processes, redis_url: str, tmp_path: Path) -> None:
     ticket = submit("Hello", max_tokens=4, redis=redis_url)
     model = str(save_tiny(tmp_path / "tiny"))

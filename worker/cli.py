@@ -11,9 +11,11 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Final, NoReturn
 
+from redis import ConnectionPool
+
 from common import keys
-from common.errors import InvalidRequest, ModelNotLoaded, RadixqError
-from common.settings import Settings
+from common.errors import InvalidRequest, ModelNotLoaded, RadixqError, SettingsError
+from common.settings import Settings, hide_password
 from worker import doctor, server
 
 _LATER: Final = ("batch", "top", "why")  # of the `radixq` command
@@ -71,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _print_settings(settings)
     if settings.model_path is None:
         raise ModelNotLoaded("no model: set MLX_MODEL_PATH to a directory, a hub id or a .gguf file")
-    url = settings.redis_url or _embedded(settings)
+    url = _checked(settings.redis_url) if settings.redis_url else _embedded(settings)
     words = [sys.executable, "-m", "rq.cli", "worker", "--worker-class", "worker.BatchWorker"]
     words += ["--burst"] if arguments.burst else []
     words += [] if arguments.max_jobs is None else ["--max-jobs", str(arguments.max_jobs)]
@@ -81,9 +83,21 @@ def _run(arguments: argparse.Namespace) -> int:
     os.execve(sys.executable, words, {**os.environ, "RADIXQ_REDIS_URL": url, "RQ_REDIS_URL": url})
 
 
+def _checked(url: str) -> str:
+    """Return the URL if it is one: RQ would answer a wrong one with a traceback."""
+    try:
+        ConnectionPool.from_url(url)
+    except ValueError as error:
+        raise SettingsError(f"Redis URL {hide_password(url)!r}: {error}") from None
+    return url
+
+
 def _embedded(settings: Settings) -> str:
     """Return the URL of the home's own server, started if need be, and tell how producers find it."""
-    running = server.start(settings.home, usual=_USUAL_PORT)
+    try:
+        running = server.start(settings.home, usual=_USUAL_PORT)
+    except OSError as error:
+        raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
     print(f"server {running.url}, {'started' if running.process else 'found'}; data and log in {settings.home}")
     if not running.url.endswith(f":{_USUAL_PORT}"):
         print(f"producers need: export RADIXQ_REDIS_URL={running.url}")
