@@ -53,18 +53,22 @@ class Settings(BaseModel):
         512, alias="RADIXQ_PREFILL_CHUNK_TOKENS", ge=16, description="prompt tokens between two decode steps"
     )
     window_jobs: int = Field(10_000, alias="RADIXQ_WINDOW_JOBS", ge=1, description="waiting jobs looked at")
-    window_bytes: ByteSize = Field(ByteSize(512 * 1024**2), alias="RADIXQ_WINDOW_BYTES", description="memory for them")
-    kv_bytes: ByteSize | None = Field(None, alias="RADIXQ_KV_BYTES", description="KV budget; else from the device")
+    window_bytes: ByteSize = Field(
+        ByteSize(512 * 1024**2), alias="RADIXQ_WINDOW_BYTES", gt=0, description="memory for them"
+    )
+    kv_bytes: ByteSize | None = Field(
+        None, alias="RADIXQ_KV_BYTES", gt=0, description="KV budget; else from the device"
+    )
     result_ttl_s: int = Field(7 * 86_400, alias="RADIXQ_RESULT_TTL_S", ge=1, description="results are kept")
     prompt_ttl_s: int = Field(
         3_600, alias="RADIXQ_PROMPT_TTL_S", ge=1, description="RQ's hash, with the prompt, is kept"
     )
     drain_s: float = Field(10.0, alias="RADIXQ_DRAIN_S", ge=0, description="a stopping worker finishes jobs this long")
     max_job_bytes: ByteSize = Field(
-        ByteSize(32 * 1024**2), alias="RADIXQ_MAX_JOB_BYTES", description="one job on the wire"
+        ByteSize(32 * 1024**2), alias="RADIXQ_MAX_JOB_BYTES", gt=0, description="one job on the wire"
     )
     max_image_bytes: ByteSize = Field(
-        ByteSize(32 * 1024**2), alias="RADIXQ_MAX_IMAGE_BYTES", description="one picture's file, as it is given"
+        ByteSize(32 * 1024**2), alias="RADIXQ_MAX_IMAGE_BYTES", gt=0, description="one picture's file, as it is given"
     )
     max_image_pixels: int = Field(
         50_000_000, alias="RADIXQ_MAX_IMAGE_PIXELS", ge=1, description="one picture, width times height"
