@@ -83,7 +83,7 @@ def submit_many(
         InvalidRequest: the message starts with the job's index, `jobs[3]: ...`; nothing was written.
         QueueFull, BrokerUnavailable: as for `submit`; the message says how many jobs are written.
     """
-    if isinstance(jobs, (str, bytes, Mapping)):
+    if isinstance(jobs, (str, bytes, Mapping)) or not isinstance(jobs, Iterable):
         raise InvalidRequest("jobs must be a list of jobs; for one job use submit", field="jobs")
     settings = Settings.from_env()
     broker = connect(redis, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any, cast
 
@@ -61,8 +62,9 @@ class Ticket:
         Raises:
             GenerationFailed: the job failed, was cancelled, expired or is lost; see its `code` and `status`.
             TimeoutError: it has not ended within `timeout_s`; it goes on, and `result` may be called again.
-            InvalidRequest: no job has this id.
+            InvalidRequest: no job has this id, or `timeout_s` is no number.
         """
+        _check_wait(timeout_s)
         began = time.monotonic()
         wait = Wait(self._broker)
         while True:
@@ -105,6 +107,7 @@ class Ticket:
 
     async def aresult(self, timeout_s: float | None = None) -> Result:
         """Do what `result` does, without blocking the event loop."""
+        _check_wait(timeout_s)
         if timeout_s is not None and timeout_s <= 0:  # one look, which asyncio would not wait for
             return await asyncio.to_thread(self.result, timeout_s)
         try:
@@ -197,3 +200,10 @@ def get(job_id: str, *, redis: str | Redis | None = None) -> Ticket:
         InvalidRequest: this cannot be the id of a job.
     """
     return Ticket(check_id(job_id), connect(redis, Settings.from_env()))
+
+
+def _check_wait(timeout_s: object) -> None:
+    """Refuse what would end the wait by a TypeError, or, as not-a-number does, never."""
+    number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool) and not math.isnan(timeout_s)
+    if timeout_s is not None and not number:
+        raise InvalidRequest(f"timeout_s={timeout_s!r} must be a number of seconds, or None", field="timeout_s")

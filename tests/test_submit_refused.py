@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from redis import Redis
 
 from common.errors import InvalidRequest, SettingsError, Unsupported
-from producer import submit
+from producer import submit, submit_many
 from producer.request import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +158,12 @@ def test_the_size_is_counted_in_bytes_and_covers_every_field(redis: Redis, monke
         with pytest.raises(InvalidRequest, match="RADIXQ_MAX_JOB_BYTES"):
             submit(redis=redis, **arguments)
     assert redis.dbsize() == before
+
+
+@pytest.mark.parametrize("jobs", ["abc", b"abc", {"text": "a"}, 3, None])
+def test_many_jobs_that_are_no_list_are_refused(jobs: Any) -> None:
+    with pytest.raises(InvalidRequest, match="jobs must be a list of jobs; for one job use submit"):
+        submit_many(jobs)
 
 
 def test_a_long_value_is_shortened_in_the_error() -> None:

@@ -49,6 +49,15 @@ def test_a_wait_that_is_too_short_says_so_and_can_be_repeated(timeout_s: float, 
     assert asyncio.run(ticket.aresult(0)).text == "ok"
 
 
+@pytest.mark.parametrize("timeout_s", [float("nan"), "5", True])
+def test_a_wait_for_what_is_no_time_is_refused(timeout_s: Any, redis: Redis) -> None:
+    ticket = submit("a", redis=redis)
+    with pytest.raises(InvalidRequest, match=f"timeout_s={timeout_s!r} must be a number of seconds"):
+        ticket.result(timeout_s)
+    with pytest.raises(InvalidRequest, match="must be a number of seconds"):
+        asyncio.run(ticket.aresult(timeout_s))
+
+
 def test_asyncio_has_the_same_answers(redis: Redis) -> None:
     async def ask() -> None:
         good, bad, gone = submit_many(["a", "b", "c"], redis=redis)
