@@ -17,9 +17,10 @@ def logger(room: str) -> logging.Logger:
 
 
 class LineFormatter(logging.Formatter):
-    """`14:03:05.123 INFO worker.drain claimed jobs=3`, or the same as one JSON object.
+    """`2026-11-22 14:03:05.123 INFO worker.drain claimed jobs=3`, or the same as one JSON object.
 
-    Fields come from `extra=`; a message is a few fixed words.
+    Fields come from `extra=`; a message is a few fixed words. A line of text has the local time, like RQ's lines around
+    it; JSON has UTC.
     """
 
     def __init__(self, *, as_json: bool) -> None:
@@ -37,7 +38,8 @@ class LineFormatter(logging.Formatter):
             line |= {"event": record.getMessage(), **fields} | ({"trace": trace} if trace else {})
             return json.dumps(line, default=str, ensure_ascii=False)
         words = " ".join(f"{name}={value}" for name, value in fields.items())
-        head = f"{at:%H:%M:%S}.{at.microsecond // 1000:03d} {record.levelname} {room} {record.getMessage()}"
+        here = at.astimezone().replace(tzinfo=None).isoformat(" ", timespec="milliseconds")
+        head = f"{here} {record.levelname} {room} {record.getMessage()}"
         return " ".join(filter(None, (head, words))) + (f"\n{trace}" if trace else "")
 
 

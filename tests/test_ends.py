@@ -32,6 +32,13 @@ def test_burst_runs_queues_in_priority_order_and_ends(broker: Broker, start: Cal
     assert Worker.all(broker.redis) == []
 
 
+def test_the_log_has_rqs_news_and_not_its_routine(broker: Broker, start: Callable[..., Process]) -> None:
+    worker = start("--burst", "radixq")
+    assert worker.wait() == 0
+    assert "Listening on radixq" in worker.log
+    assert "cleaning" not in worker.log
+
+
 def test_max_jobs_counts_jobs(broker: Broker, start: Callable[..., Process]) -> None:
     jobs = [broker.enqueue() for _ in range(7)]
     assert start("--max-jobs", "3", "radixq").wait() == 0

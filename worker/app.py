@@ -6,6 +6,7 @@ goes round between them. Knows neither tokens nor caches.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -121,6 +122,7 @@ class BatchWorker(BaseWorker):
             SystemExit: the worker could not start or go on; one line on stderr says why.
         """
         log.configure(self._settings.log)
+        self.log.addFilter(_is_news)
         self._burst, self._max_jobs = burst, max_jobs
         platform.prepare(fast_blas=self._settings.fast_blas)  # before anything imports MLX
         runner = Runner(self._settings)
@@ -309,6 +311,11 @@ class BatchWorker(BaseWorker):
             used = self.connection.connection_pool.connection_kwargs
             at = used.get("path") or f"{used.get('host')}:{used.get('port')}"
             raise BrokerUnavailable(f"Redis at {at} cannot be used: {error}") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of RQ's is worth a place in the log: it names every queue it cleans, and we clean every 30 s."""
+    return ": cleaning " not in str(record.msg)
 
 
 def _from_env() -> Settings:
