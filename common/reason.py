@@ -19,6 +19,11 @@ _STREAM_BYTES: Final = 64 * 1024
 _TEXT_BYTES: Final = 1 << 20
 _MOST_CHARS: Final = 4096
 _ABANDONED: Final = ("AbandonedJobError", "work-horse terminated")  # what RQ writes when a worker died
+_STRANGER: Final = ("DeserializationError", "No module named 'radixq'", "'radixq.generate'", "Invalid attribute name")
+_ADVICE: Final = (
+    " (a worker that is not ours took the job: stop it, or start it with --worker-class worker.BatchWorker, then use "
+    "`rq requeue`)"
+)
 _READ: Final = """
 if redis.call('TYPE', KEYS[1]).ok ~= 'stream' then return '' end
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
@@ -38,5 +43,7 @@ def of(client: Redis, stream_key: str) -> Failure:
         text = ""
     if not text:
         return Failure(code=InternalError.code, message="RQ recorded no reason")
-    crashed = any(mark in text for mark in _ABANDONED)
-    return Failure(code=(WorkerCrashed if crashed else InternalError).code, message=text.splitlines()[-1][:_MOST_CHARS])
+    last = text.splitlines()[-1][:_MOST_CHARS]
+    if any(mark in text for mark in _ABANDONED):
+        return Failure(code=WorkerCrashed.code, message=last)
+    return Failure(code=InternalError.code, message=last + _ADVICE * any(mark in last for mark in _STRANGER))

@@ -139,14 +139,18 @@ def test_a_failed_job_that_was_queued_again_by_hand_is_queued(redis: Redis) -> N
     assert ticket.result().text == "ok"
 
 
-def test_a_job_that_a_foreign_worker_took_fails_with_rqs_reason(redis_url: str, redis: Redis) -> None:
+@pytest.mark.parametrize("options", [[], ["--serializer", "rq.serializers.JSONSerializer"]], ids=["pickle", "json"])
+def test_a_job_that_a_foreign_worker_took_fails_with_rqs_reason_and_ours(
+    redis_url: str, redis: Redis, options: list[str]
+) -> None:
     ticket = submit("a", redis=redis)
     redis.hset(f"rq:job:{ticket.id}", "retries_left", 0)
-    command = [sys.executable, "-m", "rq.cli", "worker", "--burst", "-u", redis_url, "radixq"]
-    subprocess.run([*command, "--serializer", "rq.serializers.JSONSerializer"], capture_output=True, check=True)
-    with pytest.raises(GenerationFailed, match=r"radixq\.generate|No module named") as failure:
+    command = [sys.executable, "-m", "rq.cli", "worker", "--burst", "-u", redis_url, *options, "radixq"]
+    subprocess.run(command, capture_output=True, check=True)
+    with pytest.raises(GenerationFailed, match=r"DeserializationError|radixq\.generate|No module named") as failure:
         ticket.result()
     assert (failure.value.status, failure.value.code) == ("failed", "internal")
+    assert "start it with --worker-class worker.BatchWorker" in str(failure.value)
 
 
 def test_a_job_that_rq_gave_up_after_a_crash_failed_with_worker_crashed(redis: Redis) -> None:
