@@ -19,7 +19,7 @@ _STREAM_BYTES: Final = 64 * 1024
 _TEXT_BYTES: Final = 1 << 20
 _MOST_CHARS: Final = 4096
 _ABANDONED: Final = ("AbandonedJobError", "work-horse terminated")  # what RQ writes when a worker died
-_STRANGER: Final = ("DeserializationError", "No module named 'radixq'", "'radixq.generate'", "Invalid attribute name")
+_STRANGER: Final = ("DeserializationError", "No module named 'radixq'", "Invalid attribute name: radixq.generate")
 _ADVICE: Final = (
     " (a worker that is not ours took the job: stop it, or start it with --worker-class worker.BatchWorker, then use "
     "`rq requeue`)"

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from importlib import metadata
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in _LATER:
             raise InvalidRequest(f"radixq {words[0]} comes later; this version has no such command")
         arguments = _parser().parse_args(words)
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            arguments.run(arguments)
         sys.stdout.flush()
     except RadixqError as error:
         return _fail(str(error), error.exit_code)
@@ -198,6 +201,11 @@ def _dead(arguments: argparse.Namespace) -> None:
         return
     for entry in entries:
         print(*(entry.get(name, "-") for name in _DEAD_FIELDS) if arguments.action == "list" else entry.values())
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning like an error: Python's own form shows a line of our source."""
+    _fail(f"warning: {message}", 0)
 
 
 def _fail(message: str, code: int) -> int:

@@ -91,10 +91,10 @@ class Wait:
             return []  # the next look reports the outage
         self._broker.warned.update(idle)
         names = ", ".join(as_text(label) for label in alive if isinstance(label, bytes))
-        others = f" (alive, but on other queues: {names})" if names else ""
+        others = f" (seen in the last {keys.WORKER_ALIVE_S} s: {names})" if names else ""  # elsewhere, or stopped since
         return [
-            f"waited {now - self._began:.0f} s, and no live worker listens to queue {queue!r}{others}; start one with "
-            f"`rq worker --worker-class worker.BatchWorker -u {self._broker.url} {queue}`"
+            f"waited {now - self._began:.0f} s, and no live worker listens to queue {queue!r}{others}; start one"
+            f"{_of_a_model(queue)} with `rq worker --worker-class worker.BatchWorker -u {self._broker.url} {queue}`"
             for queue in idle
         ]
 
@@ -164,6 +164,12 @@ def warn(sentences: Iterable[str]) -> None:
     """Warn with each sentence, as from the caller of `Ticket.result`."""
     for sentence in sentences:
         warnings.warn(sentence, NoWorkerWarning, stacklevel=3)
+
+
+def _of_a_model(queue: str) -> str:
+    """Say what a worker needs besides the queue: it runs no job that asks for another model."""
+    ours = queue.startswith(f"{keys.DEFAULT_QUEUE}.")
+    return " that serves this model (MLX_MODEL_PATH, RADIXQ_MODEL_ALIASES)" if ours else ""
 
 
 def _has_worker(client: Redis, queue: str) -> bool:

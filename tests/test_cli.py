@@ -14,6 +14,7 @@ from redis import Redis
 
 from common import keys
 from common.messages import Failure, Result
+from producer import waiting
 from producer.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,15 @@ def test_submit_prints_the_id_and_status_where_it_stands(radixq: Any, redis: Red
     assert redis.lrange("rq:queue:radixq", 0, -1) == [job_id.encode()]
     assert radixq("status", job_id).out == "queued\n"
     assert json.loads(radixq("status", job_id, "--json").out) == {"id": job_id, "status": "queued"}
+
+
+@pytest.mark.filterwarnings("default::producer.NoWorkerWarning")
+def test_a_warning_is_one_line_like_an_error(radixq: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "NO_WORKER_AFTER_S", 0.1)
+    said = radixq("submit", "hello", "--wait", "--timeout", "1")
+    warning, error = said.err.splitlines()
+    assert warning.startswith("radixq: warning: waited ")
+    assert error.startswith("radixq: job ")
 
 
 def test_every_option_of_submit_reaches_the_job(radixq: Any, redis: Redis) -> None:

@@ -192,7 +192,8 @@ def test_a_wait_without_a_worker_warns_once_and_says_how_to_start_one(asynchrono
     redis.zadd(keys.WORKERS, {"mac-mini": redis.time()[0], "long-gone": 1})
     ticket = submit("a", model="m", redis=redis)
     (said,) = _waits_in_vain(ticket, asynchronous)
-    assert "no live worker listens to queue 'radixq.m' (alive, but on other queues: mac-mini)" in said
+    assert "no live worker listens to queue 'radixq.m' (seen in the last 120 s: mac-mini)" in said
+    assert "start one that serves this model (MLX_MODEL_PATH, RADIXQ_MODEL_ALIASES) with `" in said
     assert "rq worker --worker-class worker.BatchWorker -u redis://127.0.0.1:" in said
     assert _waits_in_vain(ticket, asynchronous) == []
 
