@@ -100,6 +100,15 @@ def test_a_server_that_cannot_be_used_is_one_line_and_exit_code_4(
     assert "secret-word" not in worker.log
 
 
+def test_a_worker_behind_sentinel_says_in_one_line_that_it_cannot_be(processes: Processes, tmp_path: Path) -> None:
+    (tmp_path / "watched.py").write_text('SENTINEL = {"INSTANCES": [("127.0.0.1", 1)], "MASTER_NAME": "jobs"}')
+    options = ["--worker-class", "worker.BatchWorker", "-c", "watched", "--path", str(tmp_path)]
+    worker = processes.python("-m", "rq.cli", "worker", *options, "radixq", env={"MLX_MODEL_PATH": "/any"})
+    assert worker.wait() == 2
+    assert "radixq: a worker cannot follow Redis Sentinel yet" in worker.log
+    assert "Traceback" not in worker.log
+
+
 def test_a_misspelt_setting_is_one_line_and_exit_code_2(start: Callable[..., Process]) -> None:
     worker = start(RADIXQ_MAX_ROW="4")
     assert worker.wait() == 2

@@ -23,6 +23,7 @@ import redis.exceptions
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection
 from redis.retry import Retry
+from redis.sentinel import SentinelConnectionPool
 from rq.command import parse_payload
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.executions import Execution
@@ -347,6 +348,8 @@ def _url(connection: Redis) -> str:
     Its options for TLS go with it.
     """
     pool = connection.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        _leave(SettingsError("a worker cannot follow Redis Sentinel yet; give it the URL of the master (-u)"))
     used = pool.connection_kwargs
     user, password = (quote(used.get(name) or "", safe="") for name in ("username", "password"))
     credentials = f"{user}:{password}@" if password else ""
