@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,18 @@ def test_a_process_is_alive_while_it_holds_its_file_and_leaves_words_only_if_it_
         life.bury(tmp_path, "one/two")
         assert life.last_words(tmp_path, "one/two") is None
     assert len(list((tmp_path / "crashes").iterdir())) == 1
+
+
+@pytest.mark.parametrize("words", ["", "Fatal Python error: Aborted"])
+def test_several_workers_may_bury_the_same_dead_at_once(tmp_path: Path, words: str) -> None:
+    names = [f"mac.{number}" for number in range(400)]
+    (tmp_path / "workers").mkdir()
+    for name in names:
+        (tmp_path / "workers" / name).write_text(words)
+    with ThreadPoolExecutor(4) as pool:
+        for buried in [pool.submit(life.bury, tmp_path, name) for name in names for _ in range(4)]:
+            buried.result()
+    assert list((tmp_path / "workers").iterdir()) == []
 
 
 def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

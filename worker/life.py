@@ -7,6 +7,7 @@ Knows no Redis.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import fcntl
 import time
@@ -67,17 +68,19 @@ def last_words(home: Path, name: str) -> str | None:
 
 
 def bury(home: Path, name: str) -> None:
-    """Remove the file of a dead worker; its last words stay in `crashes`, with those of some before it."""
+    """Remove the file of a dead worker; its last words stay in `crashes`, with those of some before it.
+
+    Several workers may do so at once.
+    """
     path, crashes = _path(home, name), home / "crashes"
-    if not path.exists():
-        return
-    if path.stat().st_size == 0:
-        path.unlink(missing_ok=True)
-        return
-    crashes.mkdir(exist_ok=True, mode=0o700)
-    path.replace(crashes / f"{path.name}.txt")
-    for old in sorted(crashes.iterdir(), key=lambda report: report.stat().st_mtime)[:-_KEPT]:
-        old.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # somebody else was here first
+        if path.stat().st_size == 0:
+            path.unlink()
+            return
+        crashes.mkdir(exist_ok=True, mode=0o700)
+        path.replace(crashes / f"{path.name}.txt")
+        for old in sorted(crashes.iterdir(), key=lambda report: report.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
 
 
 def _path(home: Path, name: str) -> Path:
