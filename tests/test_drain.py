@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, OutOfMemoryError, ResponseError
 from rq import Queue, Retry
 from rq.job import Job, JobStatus
 from rq.registry import StartedJobRegistry
@@ -19,6 +19,7 @@ from common.settings import Settings
 from worker.app import BatchWorker
 from worker.drain import Drain
 from worker.flight import Clock, Flight
+from worker.job import FIELD_BYTES
 from worker.leases import cancelled, renew
 from worker.scout import Candidate
 from worker.suspects import Suspicion
@@ -29,7 +30,7 @@ Result = dict[str, str]
 
 
 class Brittle(Redis):
-    """A real client that loses its connection at the n-th transaction, before or after the server ran it.
+    """A real client that loses its connection at the n-th transaction or script, before or after the server ran it.
 
     It can also let somebody else act between what a transaction has watched and looked at, and its beginning.
     """
@@ -40,6 +41,14 @@ class Brittle(Redis):
 
     def pipeline(self, transaction: Any = True, shard_hint: Any = None) -> Any:
         return _BrittlePipeline(self, transaction, shard_hint)
+
+    def evalsha(self, sha: str, numkeys: int, *words: Any) -> Any:
+        if self.breaks_at != 1 or self.answered:
+            answer = super().evalsha(sha, numkeys, *words)  # unless the server does not know the script yet
+        self.breaks_at -= 1
+        if self.breaks_at == 0:
+            raise ConnectionError("cut by the test")
+        return answer
 
 
 class _BrittlePipeline(Pipeline):
@@ -124,7 +133,7 @@ def test_taken_jobs_run_in_rqs_books_and_in_the_readable_hash(
     jobs = enqueue(3) + enqueue(1, "second")
     flights = take(drain, jobs)
     assert [flight.job.id for flight in flights] == ids(jobs)
-    assert waiting(redis) == waiting(redis, "first:intermediate") == waiting(redis, "second:intermediate") == []
+    assert waiting(redis) == waiting(redis, "second") == []
     assert sorted(started(redis)) == sorted(ids(jobs[:3]))
     assert started(redis, "second") == [jobs[3].id]
     assert all(job.get_status() == JobStatus.STARTED for job in jobs)
@@ -161,34 +170,13 @@ def test_a_job_behind_the_window_stays(drain: Drain, redis: Redis, enqueue: Call
     assert len(take(drain, jobs[-2:-1])) == 1
 
 
-@pytest.mark.parametrize("how", ["cancel", "delete"])
-def test_a_job_that_is_cancelled_while_it_is_taken_does_not_run(
-    worker: BatchWorker, redis: Redis, enqueue: Callable[..., list[Job]], how: str
-) -> None:
-    jobs = enqueue(2)
-
-    class Meddling(Drain):
-        def _begin(self, *arguments: Any) -> Any:
-            if jobs[0].id in waiting(redis, "first:intermediate") and redis.hget(jobs[0].key, "status") == b"queued":
-                getattr(jobs[0], how)()
-            return super()._begin(*arguments)
-
-    drain = Meddling(worker, Clock(), "mac", SETTINGS)
-    assert take(drain, jobs) == []  # somebody touched one of them: look again
-    assert drain.unsure
-    assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
-    assert redis.hget(jobs[0].key, "status") == (b"canceled" if how == "cancel" else None)
-    assert started(redis) == [jobs[1].id]
-    assert waiting(redis) == waiting(redis, "first:intermediate") == []
-
-
 def test_an_id_that_was_queued_twice_runs_once(drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]) -> None:
     (job,) = enqueue(1)
     redis.rpush("rq:queue:first", job.id)
     (flight,) = take(drain, [job])
     assert take(drain, [job]) == []
     assert len(started(redis)) == 1
-    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+    assert waiting(redis) == []
     assert [entry.execution for entry in drain.ledger.entries()] == [flight.id]
 
 
@@ -200,7 +188,7 @@ def test_an_id_whose_job_has_ended_leaves_the_queue(
     redis.hset(job.key, "status", status)
     assert take(drain, [job]) == []
     assert redis.hget(job.key, "status") == status.encode()
-    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+    assert waiting(redis) == []
     assert drain.ledger.entries() == []
 
 
@@ -211,7 +199,7 @@ def test_a_job_that_became_a_suspect_after_it_was_offered_goes_back(
     redis.hset(keys.SUSPECTS, jobs[0].id, str(Suspicion(limit=1)))
     assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
     assert waiting(redis) == [jobs[0].id]
-    assert waiting(redis, "first:intermediate") == []
+    assert started(redis) == [jobs[1].id]
     ((_, flight),) = drain.take([Candidate(jobs[0].id, "first", limit=1)], "tiny")
     assert flight.limit == 1
 
@@ -222,7 +210,7 @@ def test_an_id_whose_job_is_gone_leaves_the_lists(
     jobs = enqueue(2)
     redis.delete(jobs[0].key)
     assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
-    assert waiting(redis) == waiting(redis, "first:intermediate") == []
+    assert waiting(redis) == []
 
 
 @pytest.mark.parametrize("damage", [{"timeout": "soon"}, {"created_at": "then"}, {"retries_left": "x"}])
@@ -297,8 +285,46 @@ def test_a_connection_that_breaks_while_jobs_are_started_loses_none(
     drain.settle()
     assert not drain.unsure
     assert waiting(redis) == ids(jobs)
-    assert waiting(redis, "first:intermediate") == started(redis) == []
+    assert started(redis) == []
+    assert drain.ledger.entries() == []
     assert [flight.job.id for flight in take(drain, jobs)] == ids(jobs)
+
+
+def test_a_script_that_fails_half_way_leaves_the_jobs_it_did_not_start_in_their_queue(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(3)
+    redis.set("rq:wip:first", "no registry")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        take(drain, jobs)
+    assert waiting(redis) == ids(jobs)
+
+
+def test_a_full_server_starts_nothing(drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]) -> None:
+    jobs = enqueue(3)
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            take(drain, jobs)
+        assert drain.unsure
+        assert [job.get_status() for job in jobs] == [JobStatus.QUEUED] * 3
+        assert not redis.exists(*(keys.result(job.id) for job in jobs))
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert waiting(redis) == ids(jobs)
+    assert [flight.job.id for flight in take(drain, jobs)] == ids(jobs)
+
+
+@pytest.mark.parametrize("size", [100, 100_000])  # read at once, or field by field
+def test_a_field_of_any_size_leaves_the_others_as_they_are(
+    drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]], size: int
+) -> None:
+    (job,) = enqueue(1, job_timeout=77, description="d" * size)
+    (flight,) = take(drain, [job])
+    assert flight.job.timeout == 77
+    assert flight.job.description == ("d" * size if size < FIELD_BYTES else "")
+    assert flight.job.packed == redis.hget(job.key, "data")
+    assert flight.job.started_at is not None
 
 
 def test_the_deadline_of_a_job_is_its_own_timeout(drain: Drain, enqueue: Callable[..., list[Job]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from pydantic_core import PydanticSerializationError
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, OutOfMemoryError
 from rq import Retry
 from rq.job import Job, JobStatus
 
@@ -82,6 +82,8 @@ def test_a_job_that_is_taken_away_between_the_look_and_the_write_is_not_written(
 ) -> None:
     job = desk.enqueue(retry=Retry(retries) if retries else None)
     flight = desk.take(job)
+    if outcome == "finish":  # a job that others wait for: the success of any other is one script, and has no between
+        desk.redis.sadd(job.dependents_key, "another")
     desk.client.meddle = lambda: _MEDDLING[how](desk, job)
     desk.finish(flight) if outcome == "finish" else desk.fail(flight, OutOfMemory("full"))
     assert desk.client.meddle is None
@@ -124,6 +126,36 @@ def test_a_connection_that_breaks_while_many_are_delivered_delivers_each_once(de
     assert desk.outbox.jobs_finished == 4
 
 
+def test_a_full_server_takes_no_part_of_a_result(desk: Desk) -> None:
+    job = desk.enqueue()
+    flight = desk.take(job)
+    desk.redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            desk.finish(flight)
+        assert job.get_status() == JobStatus.STARTED
+        assert desk.leases == 1
+        assert desk.result(job)["status"] == "running"
+    finally:
+        desk.redis.config_set("maxmemory", 0)
+    assert desk.deliver() == [flight]
+    assert desk.result(job)["status"] == "finished"
+
+
+def test_what_was_touched_does_not_hold_up_what_is_delivered_with_it(desk: Desk) -> None:
+    jobs = [desk.enqueue() for _ in range(4)]
+    flights = [desk.take(job) for job in jobs]
+    jobs[0].cancel()
+    desk.redis.zrem("rq:wip:radixq", flights[1].execution.composite_key)
+    follower = desk.enqueue(depends_on=jobs[2])
+    for flight in flights:
+        desk.outbox.put(flight, Finished(flight.id, "a dog", "stop", USAGE, prefill_ms=1.5, decode_ms=20.25))
+    assert desk.deliver() == [flights[3], *flights[:3]]
+    assert [desk.result(job)["status"] for job in jobs] == ["cancelled", "running", "finished", "finished"]
+    assert desk.waiting == [follower.id]
+    assert desk.redis.hget(desk.worker.key, "successful_job_count") == b"2"
+
+
 def test_closing_hands_back_whatever_a_result_raises(desk: Desk) -> None:
     job, mate = desk.enqueue(), desk.enqueue()
     flight, _ = desk.take(job), desk.take(mate)
@@ -142,7 +174,7 @@ def test_what_a_lost_answer_left_in_doubt_waits_again_though_nothing_else_does(d
     desk.client.breaks_at, desk.client.answered = 1, answered
     with pytest.raises(ConnectionError):
         desk.pump._drain.take([Candidate(job.id, "radixq")], "tiny")
-    assert desk.waiting == []
+    assert desk.waiting == ([] if answered else [job.id])
     desk.pump._exchange(None)
     assert desk.waiting == [job.id]
     assert desk.leases == 0

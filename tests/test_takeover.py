@@ -125,28 +125,12 @@ def test_what_a_dead_process_of_this_machine_ran_is_back_at_once_in_order_and_no
     assert list((next_one.settings.home / "workers").iterdir()) == [next_one.life._path]
 
 
-def test_what_a_dead_process_had_claimed_and_not_started_is_back_at_once(
-    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
-) -> None:
-    jobs = enqueue(3) + enqueue(2, "other")
-    dead, next_one = host("here", "radixq", "other"), host("here", "radixq", "other")
-    dead.pump._drain._claim([Candidate(job.id, job.origin) for job in (*jobs[:2], *jobs[3:])])
-    assert waiting(redis) == [jobs[2].id]
-    dead.die()
-    next_one.pump._takeover.look()
-    assert waiting(redis) == [job.id for job in jobs[:3]]
-    assert waiting(redis, "other") == [job.id for job in jobs[3:]]
-    assert waiting(redis, "radixq:intermediate") == waiting(redis, "other:intermediate") == []
-    assert redis.exists(keys.SUSPECTS) == 0  # they never ran
-
-
 def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
     host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:
-    *jobs, claimed = enqueue(3)
+    jobs = enqueue(2)
     far, near = host("there"), host("here")
     flights = far.take(*jobs)
-    far.pump._drain._claim([Candidate(claimed.id, "radixq")])
     far.die()  # nobody here can know
     assert near.pump._takeover.look() == 0
     expire(redis, *flights)
@@ -154,8 +138,7 @@ def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
     assert waiting(redis) == [job.id for job in jobs]
     redis.delete(far.worker.key)  # as time does
     near.pump._takeover.look()
-    assert sorted(waiting(redis)) == sorted(job.id for job in (*jobs, claimed))
-    assert waiting(redis, "radixq:intermediate") == []
+    assert waiting(redis) == [job.id for job in jobs]
     assert redis.smembers(keys.FLIGHTS) == {near.worker.name.encode()}
 
 
@@ -223,13 +206,12 @@ def test_a_job_that_kills_its_process_alone_is_given_up_with_its_prompt_kept_for
 def test_jobs_of_queues_that_are_not_ours_go_back_there(
     host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]]
 ) -> None:
-    ours, theirs, claimed = enqueue(1)[0], *enqueue(2, "other")
+    (ours,), (theirs,) = enqueue(1), enqueue(1, "other")
     dead, next_one = host("here", "radixq", "other"), host()
     dead.take(ours, theirs)
-    dead.pump._drain._claim([Candidate(claimed.id, "other")])
     dead.die()
     assert next_one.pump._takeover.look() == 2
-    assert (waiting(redis), waiting(redis, "other")) == ([ours.id], [theirs.id, claimed.id])
+    assert (waiting(redis), waiting(redis, "other")) == ([ours.id], [theirs.id])
     assert {suspicion(redis, job) for job in (ours, theirs)} == {Suspicion(limit=1)}
 
 

@@ -7,7 +7,6 @@ what changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +27,21 @@ def succeed(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
     ready = queue.move_dependents_to_ready(job, pipeline=pipe)
     if not pipe.explicit_transaction:  # it begins the transaction only if there are dependents
         pipe.multi()
-    append_success(worker, [flight], pipe)
+    append_success(worker, flight, pipe)
     pipe.execute()
     queue.enqueue_ready_jobs_by_queue(ready)
 
 
-def append_success(worker: BaseWorker, flights: Sequence[Flight], pipe: Pipeline) -> None:
-    """Append what `succeed` writes for the jobs themselves."""
-    for flight in flights:
-        job = flight.job
-        ttl = job.get_result_ttl(worker.default_result_ttl)
-        _finish(worker, flight, ttl, pipe)
-        job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
-        job._status = JobStatus.FINISHED
-        worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
-    if flights:
-        pipe.hincrby(worker.key, "successful_job_count", len(flights))
-        worker.increment_total_working_time(sum((_took(flight.job) for flight in flights), timedelta()), pipe)
+def append_success(worker: BaseWorker, flight: Flight, pipe: Pipeline) -> None:
+    """Append what `succeed` writes for the job itself."""
+    job = flight.job
+    ttl = job.get_result_ttl(worker.default_result_ttl)
+    _finish(worker, flight, ttl, pipe)
+    job.cleanup(ttl, pipeline=pipe, remove_from_queue=False)
+    job._status = JobStatus.FINISHED
+    worker.cleanup_execution(job, pipeline=pipe, execution=flight.execution)
+    pipe.hincrby(worker.key, "successful_job_count", 1)
+    worker.increment_total_working_time(_took(job), pipe)
 
 
 def _finish(worker: BaseWorker, flight: Flight, ttl: int, pipe: Pipeline) -> None:

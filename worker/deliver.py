@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import redis.exceptions
 from rq.job import Job, JobStatus
@@ -21,7 +21,7 @@ from common.history import FIELDS as KEPT
 from common.history import History, labels
 from common.log import logger
 from common.messages import Failure, Result, Status, Timing
-from worker import books
+from worker import books, groups
 from worker.callbacks import Callbacks
 from worker.flight import Clock, Flight, enqueued_at, iso
 from worker.job import QueuedJob
@@ -39,6 +39,23 @@ _NO_SIGN = "the worker that ran the job gave no more sign of life"
 _DIED = "the worker process died while it had the job in hand"
 _GIVEN_UP = "the worker process died each time it ran this job alone, at the same point"
 _MAX_DEAD = 10_000
+
+# Writes the results of jobs that still are this worker's, and that no others wait for; answers which. ARGV, for each:
+# the registry and the name of its lease, its hash, the set of who waits for it, the commands.
+_SUCCEED: Final = (
+    groups.LUA
+    + f"""
+local written = {{}}
+for index = 0, math.huge do
+  if at == #ARGV then return written end
+  local registry, lease, job, dependents = take(), take(), take(), take()
+  local started = redis.call('HGET', job, 'status') == '{JobStatus.STARTED.value}'
+  local plain = started and redis.call('ZSCORE', registry, lease) and redis.call('EXISTS', dependents) == 0
+  group(plain)
+  if plain then written[#written + 1] = index end
+end
+"""
+)
 _REFUSALS = {error.code: error for error in _REFUSING}
 
 
@@ -55,6 +72,7 @@ class Outbox:
         self._label = label
         self._waiting: deque[Flight] = deque()
         self.callbacks = Callbacks()
+        self._succeed_script = worker.connection.register_script(_SUCCEED)
         self._abandoned: list[tuple[QueuedJob, WorkerCrashed]] = []
         self.model = ""
         self.jobs_finished = 0
@@ -162,20 +180,23 @@ class Outbox:
         self.callbacks.close()
 
     def _succeed_together(self, flights: Sequence[Flight]) -> list[Flight]:
-        """Write the successes on which nothing depends in one transaction; return those that were written.
+        """Write the successes that are ours and on which nothing depends, in one script; return these.
 
-        The others, and all of them if somebody touched one meanwhile, are for `_deliver`.
+        The others are for `_deliver`.
         """
         if not flights:
             return []
-        try:
-            with fence(self._worker, flights) as (pipe, held):
-                plain = [flight for flight in held if flight.status == JobStatus.STARTED and not flight.awaited]
-                pipe.multi()
-                books.append_success(self._worker, [self._succeeded(flight) for flight in plain], pipe)
-                pipe.execute()
-        except redis.exceptions.WatchError:
-            return []
+        starts = []
+        with self._worker.connection.pipeline() as pipe:
+            for flight in flights:
+                starts.append(len(pipe))
+                books.append_success(self._worker, self._succeeded(flight), pipe)
+            written = groups.cut(pipe, starts)
+        words: list[Any] = []
+        for flight, group in zip(flights, written, strict=True):
+            job = flight.job
+            words += (job.started_job_registry.key, flight.execution.composite_key, job.key, job.dependents_key, *group)
+        plain = [flights[index] for index in cast(list[int], self._succeed_script(args=words))]
         for flight in plain:
             self._delivered(flight)
         return plain

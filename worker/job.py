@@ -47,25 +47,38 @@ _FIELDS: Final = (
 _UNSUPPORTED: Final = {b"repeats_left": "Repeat", b"rate_limit_key": "RateLimit"}
 _YEAR_S: Final = 365 * 86_400
 
-# The fields of one job that are small enough. KEYS: its hash. ARGV: bounds of payload and field. The names are in the
-# script, since 30 arguments per job take longer to pack than a longer text.
-_READ: Final = (
+# The fields of one job that are small enough. The names are in the script, since 30 arguments per job take longer to
+# pack than a longer text. A hash that is small altogether, as nearly all are, is read at once.
+FIELDS_OF: Final = (
     "local names = {'"
     + "','".join((*_FIELDS, *map(bytes.decode, _UNSUPPORTED)))
     + """'}
-local answer = {}
-if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then return answer end
-for _, name in ipairs(names) do
-  local most = tonumber(ARGV[name == 'data' and 1 or 2])
-  local size = redis.call('HSTRLEN', KEYS[1], name)
-  if size > 0 and size <= most then
-    answer[#answer + 1] = name
-    answer[#answer + 1] = redis.call('HGET', KEYS[1], name)
+local function fields_of(key, most_data, most)
+  local answer = {}
+  if redis.call('TYPE', key).ok ~= 'hash' then return answer end
+  local small = redis.call('HLEN', key) <= 64
+  if small and redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) <= math.min(most_data, most) then
+    for i, value in ipairs(redis.call('HMGET', key, unpack(names))) do
+      if value and #value > 0 then
+        answer[#answer + 1] = names[i]
+        answer[#answer + 1] = value
+      end
+    end
+    return answer
   end
+  for _, name in ipairs(names) do
+    local size = redis.call('HSTRLEN', key, name)
+    if size > 0 and size <= (name == 'data' and most_data or most) then
+      answer[#answer + 1] = name
+      answer[#answer + 1] = redis.call('HGET', key, name)
+    end
+  end
+  return answer
 end
-return answer
 """
 )
+"""Lua: `fields_of(key, bound of the payload, bound of any other field)`, which `answer` understands."""
+_READ: Final = FIELDS_OF + "return fields_of(KEYS[1], tonumber(ARGV[1]), tonumber(ARGV[2]))"
 
 
 def ask(pipe: Pipeline, job_id: str) -> None:

@@ -1,14 +1,13 @@
 """What a worker process has in its hands, written in Redis, so that nothing is lost with it: `radixq:flights:WORKER`.
 
-One field per job and execution (none while the job is only claimed): the queue it came from, and, of a job that runs
-alone, how far it came. An entry is written and removed in the transactions that move the job, and only
-its worker, or who takes over from it, writes it: watching the key tells whether it was taken away.
+One field per job and execution: the queue it came from, and, of a job that runs alone, how far it came. An entry is
+written and removed in the scripts and transactions that move the job, and only its worker, or who takes over from it,
+writes it: watching the key tells whether it was taken away.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +20,7 @@ from worker.reject import is_id
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One job in a worker's hands; `execution` is empty until the job is started."""
+    """One execution in a worker's hands."""
 
     job_id: str
     execution: str
@@ -53,10 +52,9 @@ class Ledger:
             pipe.srem(keys.FLIGHTS, self.name)
             pipe.execute()
 
-    def start(self, flights: Sequence[Flight], pipe: Redis) -> None:
-        """Say that jobs which were claimed run."""
-        pipe.hdel(self.key, *(field(flight.job.id) for flight in flights))
-        pipe.hset(self.key, mapping=dict(map(_written, flights)))
+    def start(self, flight: Flight, pipe: Redis) -> None:
+        """Say that a job runs."""
+        pipe.hset(self.key, *_written(flight))
 
     def record(self, flight: Flight) -> None:
         """Write how far a job came."""
@@ -90,9 +88,9 @@ def _entry(name: bytes, text: bytes) -> Entry | None:
         entry = Entry(job_id, execution, str(said["queue"]), int(said["tokens"]))
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
         return None
-    return entry if is_id(job_id) else None
+    return entry if is_id(job_id) and execution else None
 
 
-def field(job_id: str, execution: str = "") -> str:
+def field(job_id: str, execution: str) -> str:
     """Return the name of an entry's field."""
     return f"{job_id}:{execution}"

@@ -52,13 +52,8 @@ class Takeover:
 
     def _take_over(self, ledger: Ledger) -> int:
         words = life.last_words(self._home, ledger.name)
-        entries = ledger.entries()
-        started = [entry for entry in entries if entry.execution]
-        if words is None:
-            started = self._lapsed(started)
+        started = ledger.entries() if words is not None else self._lapsed(ledger.entries())
         gone = words is not None or not self._worker.connection.exists(_worker_key(ledger.name))
-        if gone:
-            self._unclaim(ledger, [entry for entry in entries if not entry.execution])
         jobs = self._hand_back(ledger, self._orphans(ledger, started), len(started), spoke=bool(words))
         if gone:
             self._forget(ledger)
@@ -70,10 +65,6 @@ class Takeover:
         elif jobs:
             _log.warning("took over jobs without a sign of life", extra={"worker": ledger.name, "jobs": jobs})
         return jobs
-
-    def _unclaim(self, ledger: Ledger, entries: Sequence[Entry]) -> None:
-        for queue in {entry.queue for entry in entries}:
-            self._drain.unclaim(queue, [entry.job_id for entry in entries if entry.queue == queue], ledger)
 
     def _lapsed(self, started: Sequence[Entry]) -> list[Entry]:
         """Return the jobs that run on no live lease."""
@@ -146,7 +137,7 @@ class Takeover:
 
     def _forget(self, ledger: Ledger) -> None:
         """Take a dead worker off the books, ours and RQ's, once nothing runs in its name."""
-        if any(entry.execution for entry in ledger.entries()):
+        if ledger.entries():
             return
         connection = self._worker.connection
         dead = BaseWorker.find_by_key(_worker_key(ledger.name), connection, serializer=self._worker.serializer)
