@@ -176,13 +176,13 @@ class Pump:
         self._record()
         if self._poll.due():
             self._look()
-        if self._second.due():
-            self._publish("stopping" if self._stopping else self.state.value)
-            self._tend()
         if self._worker.should_run_maintenance_tasks:
             self._worker.run_maintenance_tasks()
         self._drain.settle()
         self._admit(max_jobs)
+        if self._second.due():
+            self._publish("stopping" if self._stopping else self.state.value)
+            self._tend()
         if self._worker.get_state() != self.state:
             self._worker.set_state(self.state)
 
