@@ -17,15 +17,15 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import redis
 
@@ -265,9 +265,7 @@ class _Child:
         try_out(loaded, task.settings)
         diary.write("")
         self._window = Window(task.settings, loaded, task.queues, client, task.label, diary.write)
-        self._wake, wake = os.pipe()
-        os.set_blocking(wake, False)
-        self._alarm = _Alarm(task.redis_url, self._window.queue_keys, wake)
+        self._alarm = _Alarm(task.redis_url, self._window.queue_keys)
         self._want = 0
         self._check: int | None = None  # number of the order that asks whether there is nothing to offer
         self._look_at = 0.0  # monotonic
@@ -292,13 +290,13 @@ class _Child:
     def _listen(self) -> None:
         """Take the worker's orders; wait for one while there is nothing else to do."""
         pause = 0.0 if self._window.busy and not self._away else max(0.0, self._look_at - time.monotonic())
-        for ready in wait([self._pipe, self._wake], pause):
-            if ready is self._pipe:
+        for ready in wait([self._pipe, *self._alarm.sockets], pause):
+            if isinstance(ready, socket.socket):
+                if self._alarm.rings(ready):
+                    self._look_at = min(self._look_at, self._window.earliest)
+            else:
                 while self._pipe.poll():
                     self._obey(self._pipe.recv())
-            else:
-                os.read(self._wake, 1024)
-                self._look_at = min(self._look_at, self._window.earliest)
 
     def _obey(self, order: _Order) -> None:
         self._want = order.want
@@ -330,34 +328,46 @@ class _Child:
 
 
 class _Alarm:
-    """Wakes the loop when one of the queues, all empty when it was armed, gets a job.
+    """Rings when one of the queues, all empty when it was armed, gets a job.
 
-    BLMOVE of a list's head to where it was blocks while the list is empty, and moves nothing.
+    BLMOVE of a list's head to where it is blocks while the list is empty, and moves nothing. The loop itself waits for
+    the answers: a thread for each would have to wake it.
     """
 
-    def __init__(self, redis_url: str, queue_keys: Sequence[str], wake: int) -> None:
-        self._redis_url = redis_url
-        self._wake = wake
-        self._armed = threading.Event()
-        for key in queue_keys:
-            threading.Thread(target=self._watch, args=[key], name=f"watch {key}", daemon=True).start()
+    def __init__(self, redis_url: str, queue_keys: Sequence[str]) -> None:
+        pool = connect(redis_url).connection_pool
+        self._watches: list[tuple[str, Any]] = [(key, pool.make_connection()) for key in queue_keys]
+        self._waiting: dict[socket.socket, tuple[str, Any]] = {}
+
+    @property
+    def sockets(self) -> Iterable[socket.socket]:
+        """What is readable when `rings` is to be asked."""
+        return self._waiting
 
     def arm(self) -> None:
-        """Watch until the next job comes."""
-        self._armed.set()
+        """Watch until the next job comes; what cannot be watched the loop finds when it looks, and reports."""
+        waiting = list(self._waiting.values())
+        for watch in self._watches:
+            if watch not in waiting:
+                with contextlib.suppress(redis.RedisError):
+                    self._wait(watch)
 
-    def _watch(self, key: str) -> None:
-        client = connect(self._redis_url)
-        while True:
-            self._armed.wait()
-            try:
-                found = client.blmove(key, key, _BLOCK_S, "LEFT", "LEFT")
-            except redis.RedisError:  # the loop meets it too, and reports it
-                time.sleep(_BACKOFF_S)
-                continue
-            if found is not None:
-                self._armed.clear()
-                os.write(self._wake, b"!")
+    def rings(self, ready: socket.socket) -> bool:
+        """Take the answer that came; return whether there is a job."""
+        watch = self._waiting.pop(ready)
+        try:
+            found = watch[1].read_response()
+            if found is None:  # it took too long
+                self._wait(watch)
+        except redis.RedisError:
+            watch[1].disconnect()
+            return False
+        return found is not None
+
+    def _wait(self, watch: tuple[str, Any]) -> None:
+        key, connection = watch
+        connection.send_command("BLMOVE", key, key, "LEFT", "LEFT", _BLOCK_S)
+        self._waiting[connection._sock] = watch  # redis-py has no public way to it
 
 
 def _load(settings: Settings) -> LoadedTokenizer:

@@ -46,6 +46,7 @@ _LOOK_SHARE: Final = 20  # reading many ids takes at most one part in so many of
 _FEW: Final = 64  # ids cost next to nothing to read: a job that comes alone is seen at once
 _NONE: Final = np.empty(0, np.int32)
 _SLICE_JOBS: Final = 64
+_HEAD_BYTES: Final = 64 * 1024  # of a payload that comes with its id
 _SLICE_BYTES: Final = 4 * 1024**2  # of payloads fetched at once, unless the first alone is larger
 
 # Payloads, or the size of one over the limit ARGV[1]; fewer than asked for once they are ARGV[2] bytes together.
@@ -60,6 +61,20 @@ for i = 1, #KEYS do
     total = total + size
     if i > 1 and total > tonumber(ARGV[2]) then break end
     found[i] = size > 0 and redis.call('HGET', KEYS[i], 'data') or ''
+  end
+end
+return found
+"""
+
+# The first job of every queue and its payload, where that is small. KEYS: queues. ARGV: where jobs are, how small.
+_HEADS: Final = """
+local found = {}
+for _, queue in ipairs(KEYS) do
+  local id = redis.call('LINDEX', queue, 0)
+  local size = id and redis.pcall('HSTRLEN', ARGV[1] .. id, 'data')
+  if type(size) == 'number' and size > 0 and size <= tonumber(ARGV[2]) then
+    found[#found + 1] = id
+    found[#found + 1] = redis.call('HGET', ARGV[1] .. id, 'data')
   end
 end
 return found
@@ -120,6 +135,7 @@ class Window:
         self._neighbourhood = Neighbourhood(client, label, loaded.name) if label else None
         self._home: dict[str, int] = {}
         self._unread: deque[tuple[str, int]] = deque()
+        self._heads: dict[str, bytes] = {}  # payloads that came with their ids at the last look
         self._raw: deque[tuple[str, bytes]] = deque()
         self._raw_bytes = 0
         self._prompts: dict[str, Prompt] = {}  # without their tokens, which the plan has
@@ -164,9 +180,14 @@ class Window:
                 pipe.llen(key)
                 pipe.lindex(key, 0)
                 pipe.lindex(key, -1)
-            if self.empty:  # whatever there is now is new: one round trip is enough
+            heads: list[bytes] = []
+            if was_empty := self.empty:  # whatever there is now is new: one round trip is enough
                 self._list(pipe)
+                prefix, most = Job.key_for(""), min(_HEAD_BYTES, int(self._settings.max_job_bytes))
+                pipe.eval(_HEADS, len(self.queue_keys), *self.queue_keys, prefix, most)
             workers, (seconds, micros), *replies = pipe.execute()
+            if was_empty:
+                heads = replies.pop()
         if self._neighbourhood is not None:
             self._plan.heed(self._neighbourhood.read(workers))
         self._ahead_s = seconds + micros / 1e6 - time.time()
@@ -174,6 +195,7 @@ class Window:
         if ends == self._ends and not self._stale:
             return
         present = self._present(listed)
+        self._heads = {to_text(raw_id): data for raw_id, data in zip(heads[::2], heads[1::2], strict=True)}
         self._ends, self._stale = ends, False
         self._forget([job_id for job_id in self._home if job_id not in present and job_id not in self._offered])
         unread = [(job_id, queue) for job_id, queue in present.items() if job_id not in self._home]
@@ -187,9 +209,14 @@ class Window:
             return
         slice_ = [self._unread[at] for at in range(min(_SLICE_JOBS, len(self._unread)))]
         limit = int(self._settings.max_job_bytes)  # hiredis, where it is installed, takes no subclass of int
-        wanted = [Job.key_for(job_id) if is_id(job_id) else "" for job_id, _ in slice_]
-        found = self._fetch_script(keys=wanted, args=[limit, _SLICE_BYTES])
-        for (job_id, queue), data in zip(slice_, cast(list[bytes | int], found), strict=False):
+        ids = [job_id for job_id, _ in slice_]
+        heads, self._heads = self._heads, {}
+        if all(job_id in heads and is_id(job_id) for job_id in ids):  # one job came where there was none
+            found: list[bytes | int] = [heads[job_id] for job_id in ids]
+        else:
+            wanted = [Job.key_for(job_id) if is_id(job_id) else "" for job_id in ids]
+            found = cast("list[bytes | int]", self._fetch_script(keys=wanted, args=[limit, _SLICE_BYTES]))
+        for (job_id, queue), data in zip(slice_, found, strict=False):
             self._unread.popleft()
             self._home[job_id] = queue
             if isinstance(data, int):
