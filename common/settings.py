@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from common.errors import SettingsError
 
 DEFAULT_REDIS_URL = "redis://localhost:6379"
 _TESTS = "RADIXQ_TEST_"  # belongs to the test suite
+_OTHERS = frozenset({"MLX_MODEL_PATH", "RQ_REDIS_URL"})
 
 
 class Settings(BaseModel):
@@ -110,20 +112,9 @@ class Settings(BaseModel):
         Raises:
             SettingsError: an unknown `RADIXQ_*` name (with a suggestion), or a value that does not fit.
         """
-        given = {name: value for name, value in (os.environ if env is None else env).items() if value.strip()}
-        known = {str(field.alias) for field in cls.model_fields.values()}
-        for name in sorted(given):
-            if name.startswith("RADIXQ_") and not name.startswith(_TESTS) and name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
-                raise SettingsError(f"unknown setting {name}{hint}")
-        values: dict[str, Any] = {name: value for name, value in given.items() if name in known}
-        values.setdefault("RADIXQ_REDIS_URL", given.get("RQ_REDIS_URL"))
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise SettingsError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
+        everything = os.environ if env is None else env
+        ours = (name for name in everything if name in _OTHERS or name.startswith("RADIXQ_"))
+        return _read(tuple((name, everything[name]) for name in ours), os.environ.get("HOME"))
 
     @property
     def url(self) -> str:
@@ -138,6 +129,24 @@ class Settings(BaseModel):
             shown = "" if value is None or value in ((), {}) else _shown(value)
             rows.append((str(field.alias), shown, field.description or ""))
         return rows
+
+
+@lru_cache(maxsize=4)  # a service that submits reads the same environment for every job; `~` is where HOME says
+def _read(given: tuple[tuple[str, str], ...], _home: str | None) -> Settings:
+    values: dict[str, Any] = {name: value for name, value in given if value.strip()}
+    known = {str(field.alias) for field in Settings.model_fields.values()}
+    for name in sorted(values.keys() - known - _OTHERS):
+        if not name.startswith(_TESTS):
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
+            raise SettingsError(f"unknown setting {name}{hint}")
+    known_values = {name: value for name, value in values.items() if name in known}
+    known_values.setdefault("RADIXQ_REDIS_URL", values.get("RQ_REDIS_URL"))
+    try:
+        return Settings.model_validate(known_values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SettingsError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from error
 
 
 def _shown(value: object) -> str:

@@ -132,3 +132,12 @@ def test_passwords_are_not_shown() -> None:
 )
 def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
     assert hide_password(url) == shown
+
+
+def test_a_changed_environment_is_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RADIXQ_HOME", raising=False)
+    monkeypatch.setenv("RADIXQ_MAX_ROWS", "7")
+    assert Settings.from_env() is Settings.from_env()
+    monkeypatch.setenv("RADIXQ_MAX_ROWS", "8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (Settings.from_env().max_rows, Settings.from_env().home) == (8, tmp_path / ".radixq")
