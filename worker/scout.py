@@ -1,6 +1,6 @@
 """Read, tokenise and plan the waiting jobs in a process of its own, beside RQ and the engine.
 
-Knows no engine and takes nothing out of a queue: it offers candidates, the worker claims them. `Scout` is the worker's
+Knows no engine and takes nothing out of a queue: it offers candidates, the worker takes them. `Scout` is the worker's
 end; everything below it runs in the child. The child is started by name, not by multiprocessing, which would import
 the program that happens to be the parent (`rq`) a second time.
 
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Final
@@ -265,7 +265,8 @@ class _Child:
         try_out(loaded, task.settings)
         diary.write("")
         self._window = Window(task.settings, loaded, task.queues, client, task.label, diary.write)
-        self._alarm = _Alarm(task.redis_url, self._window.queue_keys)
+        self._alarm = _Alarm(task.redis_url, self._window)
+        self._seen: list[Any] | None = None  # what the alarm brought
         self._want = 0
         self._check: int | None = None  # number of the order that asks whether there is nothing to offer
         self._look_at = 0.0  # monotonic
@@ -290,9 +291,12 @@ class _Child:
     def _listen(self) -> None:
         """Take the worker's orders; wait for one while there is nothing else to do."""
         pause = 0.0 if self._window.busy and not self._away else max(0.0, self._look_at - time.monotonic())
-        for ready in wait([self._pipe, *self._alarm.sockets], pause):
+        watches = self._alarm.sockets
+        for ready in wait([self._pipe, *watches], pause):
             if isinstance(ready, socket.socket):
-                if self._alarm.rings(ready):
+                answers = self._alarm.answer(watches[ready])
+                if answers is not None:
+                    self._seen = answers
                     self._look_at = min(self._look_at, self._window.earliest)
             else:
                 while self._pipe.poll():
@@ -308,7 +312,8 @@ class _Child:
     def _read(self) -> None:
         """Look at the queues when it is time, and fetch payloads while the window has room."""
         if time.monotonic() >= self._look_at:
-            self._window.look()
+            seen, self._seen = self._seen, None
+            self._window.look(seen)
             self._away = False
             empty = self._window.empty
             self._look_at = max(time.monotonic() + (_IDLE_S if empty else POLL_S), self._window.earliest)
@@ -327,47 +332,62 @@ class _Child:
         self._look_at = time.monotonic() + _BACKOFF_S
 
 
+@dataclass(eq=False, slots=True)
+class _Watch:
+    """A connection that waits for a job in one queue; `asked` are the commands whose answers have yet to come."""
+
+    key: str
+    connection: Any
+    asked: list[Any] = field(default_factory=list)
+
+
 class _Alarm:
     """Rings when one of the queues, all empty when it was armed, gets a job.
 
-    BLMOVE of a list's head to where it is blocks while the list is empty, and moves nothing. The loop itself waits for
-    the answers: a thread for each would have to wake it.
+    BLMOVE of a list's head to where it is blocks while the list is empty, and moves nothing. What a look has to know is
+    asked behind it, so that it comes with the answer. The loop itself waits for that: a thread would have to wake it.
     """
 
-    def __init__(self, redis_url: str, queue_keys: Sequence[str]) -> None:
-        pool = connect(redis_url).connection_pool
-        self._watches: list[tuple[str, Any]] = [(key, pool.make_connection()) for key in queue_keys]
-        self._waiting: dict[socket.socket, tuple[str, Any]] = {}
+    def __init__(self, redis_url: str, window: Window) -> None:
+        self._client: Any = connect(redis_url)
+        make = self._client.connection_pool.make_connection
+        self._watches = [_Watch(key, make()) for key in window.queue_keys]
+        self._window = window
 
     @property
-    def sockets(self) -> Iterable[socket.socket]:
-        """What is readable when `rings` is to be asked."""
-        return self._waiting
+    def sockets(self) -> dict[socket.socket, _Watch]:
+        """What is readable when `answer` is to be called."""
+        return {watch.connection._sock: watch for watch in self._watches if watch.asked}  # redis-py has no public way
 
     def arm(self) -> None:
         """Watch until the next job comes; what cannot be watched the loop finds when it looks, and reports."""
-        waiting = list(self._waiting.values())
         for watch in self._watches:
-            if watch not in waiting:
+            if not watch.asked:
                 with contextlib.suppress(redis.RedisError):
-                    self._wait(watch)
+                    self._ask(watch)
 
-    def rings(self, ready: socket.socket) -> bool:
-        """Take the answer that came; return whether there is a job."""
-        watch = self._waiting.pop(ready)
+    def answer(self, watch: _Watch) -> list[Any] | None:
+        """Return the answers for `Window.look` if there is a job; an empty list where only a look can tell."""
+        asked, watch.asked = watch.asked, []
         try:
-            found = watch[1].read_response()
+            found, *replies = [
+                self._client.parse_response(watch.connection, words[0], **options) for words, options in asked
+            ]
             if found is None:  # it took too long
-                self._wait(watch)
+                self._ask(watch)
         except redis.RedisError:
-            watch[1].disconnect()
-            return False
-        return found is not None
+            watch.connection.disconnect()
+            return []
+        return None if found is None else replies
 
-    def _wait(self, watch: tuple[str, Any]) -> None:
-        key, connection = watch
-        connection.send_command("BLMOVE", key, key, "LEFT", "LEFT", _BLOCK_S)
-        self._waiting[connection._sock] = watch  # redis-py has no public way to it
+    def _ask(self, watch: _Watch) -> None:
+        with self._client.pipeline(transaction=False) as pipe:
+            pipe.blmove(watch.key, watch.key, _BLOCK_S, "LEFT", "LEFT")
+            self._window.ask(pipe)
+            asked = list(pipe.command_stack)
+        connection = watch.connection
+        connection.send_packed_command(connection.pack_commands([words for words, _ in asked]))
+        watch.asked = asked
 
 
 def _load(settings: Settings) -> LoadedTokenizer:

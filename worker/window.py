@@ -165,29 +165,34 @@ class Window:
         """Whether there is something to fetch or to prepare."""
         return bool(self._raw) or (bool(self._unread) and self._has_room())
 
-    def look(self) -> None:
+    def ask(self, pipe: Pipeline) -> None:
+        """Append what `look` has to know; of queues that were empty all that a look could want."""
+        ask_who(pipe)
+        pipe.time()
+        for key in self.queue_keys:
+            pipe.llen(key)
+            pipe.lindex(key, 0)
+            pipe.lindex(key, -1)
+        if self.empty:  # whatever there is now is new: one round trip is enough
+            self._list(pipe)
+            prefix, most = Job.key_for(""), min(_HEAD_BYTES, int(self._settings.max_job_bytes))
+            pipe.eval(_HEADS, len(self.queue_keys), *self.queue_keys, prefix, most)
+
+    def look(self, replies: list[Any] | None = None) -> None:
         """Read which ids wait, if the ends of the queues say that it changed, and forget those that left.
 
-        Tell the neighbours where this worker is, and read where they are.
+        Tell the neighbours where this worker is, and read where they are. `replies` answer `ask` where that was asked
+        already, while the queues were empty.
         """
         if self._neighbourhood is not None:
             self._neighbourhood.tell(frozenset() if self.nothing_to_offer else self._plan.trail())
-        started = time.monotonic()
-        with self._redis.pipeline(transaction=False) as pipe:
-            ask_who(pipe)
-            pipe.time()
-            for key in self.queue_keys:
-                pipe.llen(key)
-                pipe.lindex(key, 0)
-                pipe.lindex(key, -1)
-            heads: list[bytes] = []
-            if was_empty := self.empty:  # whatever there is now is new: one round trip is enough
-                self._list(pipe)
-                prefix, most = Job.key_for(""), min(_HEAD_BYTES, int(self._settings.max_job_bytes))
-                pipe.eval(_HEADS, len(self.queue_keys), *self.queue_keys, prefix, most)
-            workers, (seconds, micros), *replies = pipe.execute()
-            if was_empty:
-                heads = replies.pop()
+        started, was_empty = time.monotonic(), self.empty
+        if not (replies and was_empty):
+            with self._redis.pipeline(transaction=False) as pipe:
+                self.ask(pipe)
+                replies = pipe.execute()
+        workers, (seconds, micros), *replies = replies
+        heads: list[bytes] = replies.pop() if was_empty else []
         if self._neighbourhood is not None:
             self._plan.heed(self._neighbourhood.read(workers))
         self._ahead_s = seconds + micros / 1e6 - time.time()
