@@ -182,7 +182,7 @@ class BatchWorker(BaseWorker):
         exc_string: str = "",
         execution: Execution | None = None,
     ) -> None:
-        """Fail a job that ran. Without an execution it was claimed by a worker that died before it started the job."""
+        """Fail a job that ran. Without an execution it was claimed by a worker of RQ's that died before it began."""
         if execution is not None:
             super().handle_job_failure(job, queue, started_job_registry, exc_string, execution)
         elif self.connection.lrem(queue.intermediate_queue_key, 1, job.id):

@@ -178,25 +178,30 @@ class Drain:
             self._reject(flight.queue.name, flight.job.id, reject.belongs_not(*rest))
         return bool(said == b"started")
 
-    def restore(self, job_id: str, queue: Queue, raw: Mapping[bytes, bytes]) -> QueuedJob:
-        """Make RQ's job of its hash; of a damaged one, a job that can at least be failed."""
+    def blank(self, job_id: str, queue: Queue) -> QueuedJob:
+        """Return a job of which no more is known than its id and its queue."""
         job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
-        try:
-            job.restore(raw)
-        except DAMAGED as error:
-            _log.warning("job hash is damaged", extra={"job": job_id, "error": type(error).__name__})
-            job = QueuedJob(job_id, connection=self._connection, serializer=self._worker.serializer)
-            job.packed, job.data = raw.get(b"data", b""), b""
-            job.created_at = datetime.now(UTC)
         job.origin = queue.name
         job.redis_server_version = self._worker.get_redis_server_version()  # type: ignore[no-untyped-call]
         return job
 
+    def restore(self, blank: QueuedJob, raw: Mapping[bytes, bytes]) -> QueuedJob:
+        """Fill in RQ's job from its hash; from a damaged one, make a job that can at least be failed."""
+        job, queue_name = blank, blank.origin
+        try:
+            job.restore(raw)
+        except DAMAGED as error:
+            _log.warning("job hash is damaged", extra={"job": job.id, "error": type(error).__name__})
+            job = self.blank(job.id, self.queue(queue_name))
+            job.packed, job.data = raw.get(b"data", b""), b""
+            job.created_at = datetime.now(UTC)
+        job.origin = queue_name
+        return job
+
     def _begin(self, candidate: Candidate, model: str, pipe: Pipeline) -> Flight:
-        """Append the start of a job of which no more is known than its id."""
+        """Append the start of a job."""
         queue, key, now = self._queues[candidate.queue], keys.result(candidate.job_id), self._clock.now()
-        job = QueuedJob(candidate.job_id, connection=self._connection, serializer=self._worker.serializer)
-        job.origin = queue.name
+        job = self.blank(candidate.job_id, queue)
         pipe.hincrby(key, "attempts", 1)
         late = candidate.expires_s <= now
         if candidate.refusal is None and not late:
@@ -214,7 +219,7 @@ class Drain:
     def _complete(self, flight: Flight, known: Sequence[Any]) -> None:
         """Fill in what was read."""
         attempts, kept, suspicion, raw = known
-        flight.job = self.restore(flight.job.id, flight.queue, answer(raw))
+        flight.job = self.restore(flight.job, answer(raw))
         flight.error = flight.error or _unsupported(flight.job)
         flight.attempts = int(attempts)
         flight.submitted_at = _parse(kept[0], flight.started_at)

@@ -91,7 +91,7 @@ class Takeover:
                 continue
             queue = self._drain.queue(entry.queue)
             execution = Execution(entry.execution, entry.job_id, connection, worker_name=ledger.name)
-            job = self._drain.restore(entry.job_id, queue, raw)
+            job = self._drain.restore(self._drain.blank(entry.job_id, queue), raw)
             known = Suspicion.parse(suspicion)
             orphans.append(Flight(job, queue, execution, tokens=entry.tokens, suspicion=known))
         if gone:
