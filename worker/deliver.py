@@ -1,4 +1,4 @@
-"""Write what became of each job: our readable hash and RQ's own bookkeeping in one transaction, once each.
+"""Write what became of each job: our readable hash and RQ's own bookkeeping in one script or transaction, once each.
 
 An outbox: a result waits here while Redis is away. Knows nothing of queues, prompts or the engine.
 """
@@ -86,7 +86,7 @@ class Outbox:
             self._waiting.append(flight)
 
     def flush(self, most: int) -> Iterator[Flight]:
-        """Deliver as many results, those without consequences in one transaction; yield each flight that is done with.
+        """Deliver as many results, those without consequences in one script; yield each flight that is done with.
 
         Raises:
             redis.exceptions.RedisError: nothing was lost; go on later.
