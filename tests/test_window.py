@@ -257,3 +257,32 @@ def test_a_suspect_that_has_no_name_suspects_nobody(redis: Redis, window: Window
     window.fetch()
     window.prepare(1.0)
     assert [(one.job_id, one.limit) for one in window.offer(1)] == [(job.id, 0)]
+
+
+def test_a_job_that_comes_alone_brings_its_payload_with_its_id(redis: Redis, window: Window) -> None:
+    read_all(window)
+    (job,) = enqueue(redis, "alone")
+    window.look()
+    redis.delete(job.key)  # nothing more is asked of the server
+    window.fetch()
+    window.prepare(1.0)
+    (candidate,) = window.offer(5)
+    assert candidate.prompt is not None
+    assert candidate.prompt.tokens.tolist() == tiny_tokenizer().encode("alone")
+
+
+def test_what_was_asked_of_empty_queues_is_a_look_and_counts_only_while_they_were(redis: Redis, window: Window) -> None:
+    read_all(window)
+    pipe = redis.pipeline(transaction=False)
+    window.ask(pipe)
+    (first,) = enqueue(redis, "alone")
+    answers = pipe.execute()
+    window.look(list(answers))
+    window.fetch()
+    window.prepare(1.0)
+    assert [candidate.job_id for candidate in window.offer(5)] == [first.id]
+    (second,) = enqueue(redis, "another")
+    window.look(list(answers))  # the queue holds a job by now: what was known before it is not used
+    window.fetch()
+    window.prepare(1.0)
+    assert [candidate.job_id for candidate in window.offer(5)] == [second.id]

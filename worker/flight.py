@@ -61,7 +61,6 @@ class Flight:
         submitted_at, started_at: seconds since the epoch by the server's clock.
         deadline: `time.monotonic()` at which the job has run for its timeout.
         status: RQ's status of the job when it was last looked at; None: RQ has no such job.
-        awaited: whether other jobs depended on it then.
         stopped: someone asked RQ to stop it.
         suspicion: what is held against the job because of earlier crashes.
         tokens: how many had been generated when this was last recorded; only of a job that runs alone.
@@ -80,7 +79,6 @@ class Flight:
     attempts: int = 1
     deadline: float = float("inf")
     status: str | None = None
-    awaited: bool = False
     stopped: bool = False
     suspicion: Suspicion | None = None
     tokens: int = 0

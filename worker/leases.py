@@ -74,10 +74,7 @@ def _reply(pipe: Pipeline, connection: Any, command: str, options: dict[str, Any
 
 
 def split(worker: BaseWorker, flights: Sequence[Flight]) -> tuple[list[Flight], list[Flight]]:
-    """Return the flights whose lease is still ours, and the others.
-
-    Notes RQ's status of each job, and whether other jobs wait for it.
-    """
+    """Return the flights whose lease is still ours, and the others; note RQ's status of each job."""
     with worker.connection.pipeline(transaction=False) as pipe:
         _ask(pipe, flights)
         return _split(flights, pipe.execute())
@@ -87,13 +84,12 @@ def _ask(pipe: Pipeline, flights: Sequence[Flight]) -> None:
     for flight in flights:
         pipe.zscore(flight.job.started_job_registry.key, flight.execution.composite_key)
         pipe.hget(flight.job.key, "status")
-        pipe.exists(flight.job.dependents_key)
 
 
 def _split(flights: Sequence[Flight], replies: Sequence[Any]) -> tuple[list[Flight], list[Flight]]:
-    leases, statuses, awaited = (replies[n::3] for n in range(3))
-    for flight, status, others in zip(flights, statuses, awaited, strict=True):
-        flight.status, flight.awaited = status.decode(errors="replace") if status else None, bool(others)
+    leases, statuses = replies[::2], replies[1::2]
+    for flight, status in zip(flights, statuses, strict=True):
+        flight.status = status.decode(errors="replace") if status else None
     found = list(zip(flights, leases, strict=True))
     return [flight for flight, lease in found if lease is not None], [
         flight for flight, lease in found if lease is None
