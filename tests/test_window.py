@@ -286,3 +286,18 @@ def test_what_was_asked_of_empty_queues_is_a_look_and_counts_only_while_they_wer
     window.fetch()
     window.prepare(1.0)
     assert [candidate.job_id for candidate in window.offer(5)] == [second.id]
+
+
+def test_what_was_asked_while_a_queue_held_jobs_is_a_look_once_all_are_empty(redis: Redis, window: Window) -> None:
+    (stays,) = enqueue(redis, "alone")
+    read_all(window)
+    pipe = redis.pipeline(transaction=False)
+    window.ask(pipe)
+    redis.delete(queue_of(redis).key)
+    read_all(window)
+    assert window.empty
+    (job,) = enqueue(redis, "another")
+    window.look(pipe.execute())
+    window.fetch()
+    window.prepare(1.0)
+    assert [candidate.job_id for candidate in window.offer(5)] == [job.id] != [stays.id]

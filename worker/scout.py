@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +32,7 @@ import redis
 from common import log
 from common.errors import BrokerUnavailable, ModelNotLoaded, RadixqError
 from common.settings import Settings
+from worker.alarm import Alarm
 from worker.diary import Diary
 from worker.outage import is_outage
 from worker.prepare import try_out
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 POLL_S: Final = 0.1
 """How often queues that hold jobs are looked at for new ones; empty queues wake the child at once."""
 _IDLE_S: Final = 1.0  # the same for empty queues, in case their watchers cannot connect
-_BLOCK_S: Final = 2  # of one BLMOVE; less than SOCKET_S
 _BACKOFF_S: Final = 1.0
 _SLICE_S: Final = 0.02  # of preparing, between two looks at the pipe
 _NICE: Final = 5  # the engine's thread and RQ go first
@@ -265,7 +265,7 @@ class _Child:
         try_out(loaded, task.settings)
         diary.write("")
         self._window = Window(task.settings, loaded, task.queues, client, task.label, diary.write)
-        self._alarm = _Alarm(task.redis_url, self._window)
+        self._alarm = Alarm(task.redis_url, self._window)
         self._seen: list[Any] | None = None  # what the alarm brought
         self._want = 0
         self._check: int | None = None  # number of the order that asks whether there is nothing to offer
@@ -330,64 +330,6 @@ class _Child:
             _log.warning("redis is away", extra={"reason": type(error).__name__})
         self._away = True
         self._look_at = time.monotonic() + _BACKOFF_S
-
-
-@dataclass(eq=False, slots=True)
-class _Watch:
-    """A connection that waits for a job in one queue; `asked` are the commands whose answers have yet to come."""
-
-    key: str
-    connection: Any
-    asked: list[Any] = field(default_factory=list)
-
-
-class _Alarm:
-    """Rings when one of the queues, all empty when it was armed, gets a job.
-
-    BLMOVE of a list's head to where it is blocks while the list is empty, and moves nothing. What a look has to know is
-    asked behind it, so that it comes with the answer. The loop itself waits for that: a thread would have to wake it.
-    """
-
-    def __init__(self, redis_url: str, window: Window) -> None:
-        self._client: Any = connect(redis_url)
-        make = self._client.connection_pool.make_connection
-        self._watches = [_Watch(key, make()) for key in window.queue_keys]
-        self._window = window
-
-    @property
-    def sockets(self) -> dict[socket.socket, _Watch]:
-        """What is readable when `answer` is to be called."""
-        return {watch.connection._sock: watch for watch in self._watches if watch.asked}  # redis-py has no public way
-
-    def arm(self) -> None:
-        """Watch until the next job comes; what cannot be watched the loop finds when it looks, and reports."""
-        for watch in self._watches:
-            if not watch.asked:
-                with contextlib.suppress(redis.RedisError):
-                    self._ask(watch)
-
-    def answer(self, watch: _Watch) -> list[Any] | None:
-        """Return the answers for `Window.look` if there is a job; an empty list where only a look can tell."""
-        asked, watch.asked = watch.asked, []
-        try:
-            found, *replies = [
-                self._client.parse_response(watch.connection, words[0], **options) for words, options in asked
-            ]
-            if found is None:  # it took too long
-                self._ask(watch)
-        except redis.RedisError:
-            watch.connection.disconnect()
-            return []
-        return None if found is None else replies
-
-    def _ask(self, watch: _Watch) -> None:
-        with self._client.pipeline(transaction=False) as pipe:
-            pipe.blmove(watch.key, watch.key, _BLOCK_S, "LEFT", "LEFT")
-            self._window.ask(pipe)
-            asked = list(pipe.command_stack)
-        connection = watch.connection
-        connection.send_packed_command(connection.pack_commands([words for words, _ in asked]))
-        watch.asked = asked
 
 
 def _load(settings: Settings) -> LoadedTokenizer:

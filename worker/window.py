@@ -165,15 +165,15 @@ class Window:
         """Whether there is something to fetch or to prepare."""
         return bool(self._raw) or (bool(self._unread) and self._has_room())
 
-    def ask(self, pipe: Pipeline) -> None:
-        """Append what `look` has to know; of queues that were empty all that a look could want."""
+    def ask(self, pipe: Pipeline, *, whole: bool = True) -> None:
+        """Append what `look` has to know; `whole`, all that it could want of queues that were empty."""
         ask_who(pipe)
         pipe.time()
         for key in self.queue_keys:
             pipe.llen(key)
             pipe.lindex(key, 0)
             pipe.lindex(key, -1)
-        if self.empty:  # whatever there is now is new: one round trip is enough
+        if whole:  # whatever there is now is new: one round trip is enough
             self._list(pipe)
             prefix, most = Job.key_for(""), min(_HEAD_BYTES, int(self._settings.max_job_bytes))
             pipe.eval(_HEADS, len(self.queue_keys), *self.queue_keys, prefix, most)
@@ -189,7 +189,7 @@ class Window:
         started, was_empty = time.monotonic(), self.empty
         if not (replies and was_empty):
             with self._redis.pipeline(transaction=False) as pipe:
-                self.ask(pipe)
+                self.ask(pipe, whole=was_empty)
                 replies = pipe.execute()
         workers, (seconds, micros), *replies = replies
         heads: list[bytes] = replies.pop() if was_empty else []
