@@ -27,6 +27,11 @@ class _Layer:
         """Return in which bucket a row lies, and on which line."""
         return next((at, held.rows.index(row)) for at, held in enumerate(self.buckets) if row in held.rows)
 
+    def rename(self, buckets: Sequence[Bucket]) -> None:
+        """Say which rows lie in the buffers now, bucket by bucket; those that hold none are given up."""
+        self.pairs = [pair for pair, held in zip(self.pairs, buckets, strict=True) if held.rows]
+        self.buckets = tuple(held for held in buckets if held.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -89,8 +94,8 @@ class Tails:
         try:
             self._arrange(target, joining, first)
         except BaseException:
-            for layer in filter(None, self._layers) if joining else ():
-                layer.buckets = tuple(_before(held, first) for held in layer.buckets)
+            if joining:
+                self._part(first)
             raise
         self.buckets = target
 
@@ -105,6 +110,13 @@ class Tails:
                     if joining:
                         joining._layers[number] = None
                 self._layers[number] = _Layer(target, pairs)
+
+    def _part(self, first: int) -> None:
+        """Forget the rows from `first` on, which have joined in some layers only."""
+        if not first:
+            self.forget()
+        for layer in filter(None, self._layers):
+            layer.rename([_before(held, first) for held in layer.buckets])
 
     def begin(self, lengths: Sequence[int], new_tokens: int) -> None:
         """Say how long the tails are, and how many tokens each gets now; rows of different lengths get one."""
@@ -144,9 +156,7 @@ class Tails:
         _put(moves)
         last = len(lengths) - 1
         for layer in filter(None, self._layers):
-            left = [_without(held, row, last) for held in layer.buckets]
-            layer.pairs = [pair for pair, held in zip(layer.pairs, left, strict=True) if held.rows]
-            layer.buckets = tuple(held for held in left if held.rows)
+            layer.rename([_without(held, row, last) for held in layer.buckets])
         self.buckets = tuple(held for bucket in self.buckets if (held := _without(bucket, row, last)).rows)
 
     def drop_front(self, row: int, count: int, stop: int) -> None:
@@ -156,7 +166,7 @@ class Tails:
     def wipe(self, row: int) -> None:
         """Zero a row."""
         for x, line in self._lines(row):
-            x[line] = mx.zeros_like(x[line])
+            x[line] = 0
 
     def copy(self, row: int, start: int, stop: int) -> list[Pair]:
         """Return columns [start, stop) of a row per layer, each [1, N, stop - start, D], detached."""
@@ -203,6 +213,9 @@ def _sorted_into(target: Sequence[Bucket], mine: _Layer, theirs: _Layer | None, 
         kept, known = _kept(bucket, mine)
         if kept is None:
             kept, copied = _empty(keys, values, bucket), True
+        elif known < len(bucket.rows):
+            for x in kept:  # a line may still hold a NaN of who was there, behind the end of who comes
+                x[known : len(bucket.rows)] = 0
         _fill(kept, known, [lines.get(row) for row in bucket.rows[known:]])
         pairs.append(kept)
     return pairs, copied
