@@ -65,6 +65,16 @@ def test_a_server_that_is_away_is_named_without_its_password() -> None:
     assert "RADIXQ_REDIS_URL" in check.fix
 
 
+def test_without_a_url_there_need_be_no_server_yet(monkeypatch: pytest.MonkeyPatch, other_server: Redis) -> None:
+    monkeypatch.setattr("common.settings.DEFAULT_REDIS_URL", "redis://127.0.0.1:1")
+    check = look()["redis"]
+    assert check.ok
+    assert check.detail == "none yet: `radixq-worker run` starts one"
+    other_server.config_set("requirepass", "secret")
+    monkeypatch.setattr("common.settings.DEFAULT_REDIS_URL", url_of(other_server))
+    assert not look()["redis"].ok  # one is there, and refuses
+
+
 def test_a_wrong_url_is_a_failed_check_and_the_others_still_run(model: Path) -> None:
     found = look(redis_url="http://127.0.0.1", model_path=str(model))
     assert not found["redis"].ok

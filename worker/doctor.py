@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq.worker_registration import REDIS_WORKER_KEYS
@@ -60,6 +61,9 @@ def _broker(settings: Settings) -> Iterator[Check]:
             facts: dict[str, Any] = redis.info()
             foreign = list(_foreign_workers(redis))
     except (RedisError, OSError, ValueError) as error:
+        if settings.redis_url is None and type(error) is RedisConnectionError:  # its subclasses are a server's answers
+            yield Check("redis", True, "none yet: `radixq-worker run` starts one")
+            return
         reason = " ".join(str(error).split())
         yield Check("redis", False, f"{shown}: {reason}", "start it, set RADIXQ_REDIS_URL, or use `radixq-worker run`")
         return
