@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import plistlib
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,11 @@ def test_every_file_the_documents_name_exists() -> None:
     for document in (ROOT / "README.md", *sorted((ROOT / "ops").glob("*.md"))):
         for name in re.findall(r"(?<![\w/])(?:ops|worker|producer|common|tests)/[\w./-]*\w", document.read_text()):
             assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_the_worker_that_starts_at_login_gets_a_model_of_the_table() -> None:
+    file = plistlib.loads((ROOT / "ops" / "launchd" / "radixq.worker.plist").read_bytes())
+    assert f"| `{file['EnvironmentVariables']['MLX_MODEL_PATH']}` |" in README
 
 
 def test_the_first_example_runs_as_written(tmp_path: Path, redis_url: str) -> None:
