@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -267,6 +268,49 @@ def test_several_workers_may_bury_the_same_dead_at_once(tmp_path: Path, words: s
         for buried in [pool.submit(life.bury, tmp_path, name) for name in names for _ in range(4)]:
             buried.result()
     assert list((tmp_path / "workers").iterdir()) == []
+
+
+def test_the_next_start_removes_files_of_the_long_dead_and_no_other(tmp_path: Path) -> None:
+    directory = tmp_path / "workers"
+    alive = Life(tmp_path, "alive")
+    alive.begin()
+    for name, words in (("dead", ""), ("fell", "Aborted"), ("just died", "")):
+        (directory / name).write_text(words)
+    for name in ("alive", "dead", "fell"):
+        os.utime(directory / name, (0, 0))
+    new = Life(tmp_path, "new")
+    new.begin()
+    assert {path.name for path in directory.iterdir()} == {"alive", "fell", "just died", "new"}
+    alive.beat()
+    alive._file.close()  # type: ignore[union-attr]  # killed, a moment after its last sign of life
+    new.end()
+    new.begin()
+    assert "alive" in {path.name for path in directory.iterdir()}
+    new.end()
+
+
+def test_who_begins_while_others_clear_away_holds_the_file_of_its_name(tmp_path: Path) -> None:
+    ours = tmp_path / "workers" / "mac"
+    ours.parent.mkdir()
+
+    def clear(name: str) -> None:
+        other = Life(tmp_path, name)
+        other.begin()
+        other.end()
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(clear, f"other.{number}") for number in range(800)]
+        for _ in range(400):
+            with contextlib.suppress(FileNotFoundError):  # it is cleared away already
+                ours.touch()
+                os.utime(ours, (0, 0))
+            mine = Life(tmp_path, "mac")
+            mine.begin()
+            assert ours.exists()
+            assert life.last_words(tmp_path, "mac") is None
+            mine.end()
+        for other in others:
+            other.result()
 
 
 def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ class BatchWorker(BaseWorker):
             if self._pump is not None:
                 self._pump.outbox.maintained()
                 self._pump.sweep()
+            self._life.beat()
             pictures.sweep(self.connection, as_text(Job.key_for("")), self._settings.prompt_ttl_s)
         except redis.exceptions.RedisError as error:
             reason = explain(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import fcntl
+import os
 import time
 from pathlib import Path
 from typing import IO, Final
@@ -19,6 +20,7 @@ from common.errors import SettingsError
 
 _KEPT: Final = 20  # crash reports
 _WAIT_S: Final = 1.0  # for somebody who looks whether we live
+_SILENT_S: Final = 86_400.0  # after a day nobody will ask for the file of a dead process that left no words
 
 
 class Life:
@@ -36,17 +38,32 @@ class Life:
         """
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file = self._path.open("a+")
+            file = self._opened()
+            _clear(self._path.parent)
         except OSError as error:
             raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
-        try:
-            _lock(file, _WAIT_S)
-        except BlockingIOError:
-            file.close()
-            raise SettingsError(f"a worker named {self._path.name!r} runs on this machine already") from None
         file.truncate(0)
         self._file = file
+        self.beat()
         faulthandler.enable(file)
+
+    def _opened(self) -> IO[str]:
+        """Return our file, locked; made again where somebody removed it between the two."""
+        while True:
+            file = self._path.open("a+")
+            try:
+                _lock(file, _WAIT_S)
+            except BlockingIOError:
+                file.close()
+                raise SettingsError(f"a worker named {self._path.name!r} runs on this machine already") from None
+            if _is_at(file, self._path):
+                return file
+            file.close()
+
+    def beat(self) -> None:
+        """Write down that we live, for who comes after our death: the file's time is our last sign of life."""
+        if self._file is not None:
+            os.utime(self._file.fileno())
 
     def end(self) -> None:
         """Leave nothing behind. Idempotent."""
@@ -81,6 +98,26 @@ def bury(home: Path, name: str) -> None:
         path.replace(crashes / f"{path.name}.txt")
         for old in sorted(crashes.iterdir(), key=lambda report: report.stat().st_mtime)[:-_KEPT]:
             old.unlink(missing_ok=True)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what was left by processes that died long ago, and without words, on a server to which nobody came back.
+
+    A file is removed under its lock and only while it is the one of that name, so that nobody else's can be hit.
+    """
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError), path.open("r+") as file:  # its process lives, or it is somebody else's
+            _lock(file, 0)
+            about = os.fstat(file.fileno())
+            if about.st_size == 0 and time.time() - about.st_mtime > _SILENT_S and _is_at(file, path):
+                path.unlink()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _path(home: Path, name: str) -> Path:
