@@ -215,7 +215,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=every, metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, default=CONTESTANTS, metavar="NAME",
                         help=f"of {', '.join(CONTESTANTS)}")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, under a minute: does it work?")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, about 90 s of CPU time: does it work?")
     parser.add_argument("--runs", type=int, help="rounds per workload (default: 3, and 9 where nothing is shared)")
     parser.add_argument("--once", nargs="+", choices=CONTESTANTS, default=(), metavar="NAME",
                         help="contestants that run once, besides those whose turn takes minutes anyway")  # fmt: skip
