@@ -23,8 +23,7 @@ from common.messages import Result
 from common.serializer import JobSerializer
 from tests.broker import ENDLESS, ROWS, SHORT, Broker
 from tests.processes import Process, Processes, wait_until
-from worker import server
-from worker.app import _url
+from worker import link, server
 
 RESULT_FIELDS = {
     "status", "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens",
@@ -267,10 +266,10 @@ def test_the_process_beside_the_worker_connects_in_the_same_way(url: str) -> Non
         return {name: value for name, value in used.items() if isinstance(value, str | int | None)}
 
     given = Redis.from_url(url)
-    assert settings(Redis.from_url(_url(given))) == settings(given)
+    assert settings(Redis.from_url(link.url(given))) == settings(given)
 
 
 def test_options_of_a_tls_connection_that_are_off_stay_off() -> None:
     given = Redis(host="host", ssl=True, ssl_cert_reqs="required", ssl_validate_ocsp=False)
-    again = Redis.from_url(_url(given)).connection_pool.connection_kwargs
+    again = Redis.from_url(link.url(given)).connection_pool.connection_kwargs
     assert (again["ssl_cert_reqs"], again.get("ssl_validate_ocsp", False)) == ("required", False)

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import secrets
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote, urlencode
+from typing import TYPE_CHECKING, Any
 
 import redis.exceptions
-from redis.backoff import NoBackoff
-from redis.connection import SSLConnection
-from redis.retry import Retry
-from redis.sentinel import SentinelConnectionPool
 from rq.command import parse_payload
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.executions import Execution
@@ -37,7 +29,7 @@ from common import keys, log, pictures
 from common.errors import BrokerUnavailable, InternalError, RadixqError, SettingsError
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker import label, platform
+from worker import label, leave, link, platform
 from worker.job import QueuedJob, bounded_in_registries
 from worker.life import Life
 from worker.outage import explain
@@ -52,7 +44,6 @@ if TYPE_CHECKING:
     from redis.client import Pipeline
 
 MAINTENANCE_S = 30
-SOCKET_TIMEOUT_S = 5.0
 _RELISTEN_S = 1.0
 _ONE_OUTAGE_S = 10.0  # failures of the command channel with less between them are one line of the log
 AGAIN_S = 0.3  # a second signal this soon is the same one, delivered twice
@@ -87,10 +78,12 @@ class BatchWorker(BaseWorker):
         connection = connection or next(queue.connection for queue in given if isinstance(queue, Queue))
         options |= {"job_class": QueuedJob, "serializer": JobSerializer, "log_job_description": False}
         if prepare_for_work:
-            self._settings = settings or _from_env()
+            with leave.for_settings():
+                self._settings = settings or Settings.from_env()
+                wanted = self._settings.worker_name or name or socket.gethostname()
+                self._label = label.claim(wanted, self._settings.home)
             names = list(dict.fromkeys([*names, *_model_queues(self._settings)]))
-            self._label = _claim_label(self._settings, name)
-            name = name or _unique(self._label)
+            name = name or label.unique(self._label)
             self._life = Life(self._settings.home, name)
             QueuedJob.callbacks = frozenset(self._settings.callbacks)
             QueuedJob.max_bytes, QueuedJob.keep_s = int(self._settings.max_job_bytes), self._settings.prompt_ttl_s
@@ -127,11 +120,13 @@ class BatchWorker(BaseWorker):
         self._burst, self._max_jobs = burst, max_jobs
         platform.prepare(fast_blas=self._settings.fast_blas)  # before anything imports MLX
         runner = Runner(self._settings)
-        scout = Scout(self._settings, self.queue_names(), redis_url=_url(self.connection), label=self._label)
+        with leave.for_settings():
+            url = link.url(self.connection)
+        scout = Scout(self._settings, self.queue_names(), redis_url=url, label=self._label)
         self._pump = Pump(self, self._settings, self._label, runner, scout)
         self._install_signal_handlers()  # type: ignore[no-untyped-call]
         try:
-            self._check_connection()
+            link.check(self.connection)
             scout.start()
             runner.start()
             super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
@@ -146,9 +141,9 @@ class BatchWorker(BaseWorker):
             self._orderly = self._pump.error is None
         reason = None if self._orderly else self._pump.error or InternalError(_DEFECT)
         if not ended:
-            _leave_at_once(reason)
+            leave.leave_at_once(reason)
         if reason is not None:
-            _leave(reason)
+            leave.leave(reason)
         return self._pump.started > 0
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> None:
@@ -295,10 +290,7 @@ class BatchWorker(BaseWorker):
         """Do nothing: RQ would fork, which MLX does not survive. The pump calls `worker.schedule`."""
 
     def _set_connection(self, connection: Redis) -> Redis:
-        """Never repeat a command by itself: a transaction whose answer was lost must not be sent twice."""
-        connection.set_retry(Retry(NoBackoff(), 0))
-        connection.connection_pool.connection_kwargs["socket_timeout"] = SOCKET_TIMEOUT_S
-        return connection
+        return link.tame(connection)
 
     def _set_ip_address(self, connection: Redis) -> None:
         try:
@@ -306,32 +298,10 @@ class BatchWorker(BaseWorker):
         except redis.exceptions.RedisError:
             self.ip_address = "unknown"  # work() says properly what is wrong
 
-    def _check_connection(self) -> None:
-        try:
-            self.connection.ping()
-        except redis.exceptions.RedisError as error:
-            used = self.connection.connection_pool.connection_kwargs
-            at = used.get("path") or f"{used.get('host')}:{used.get('port')}"
-            raise BrokerUnavailable(f"Redis at {at} cannot be used: {error}") from error
-
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a line of RQ's is worth a place in the log: it names every queue it cleans, and we clean every 30 s."""
     return ": cleaning " not in str(record.msg)
-
-
-def _from_env() -> Settings:
-    try:
-        return Settings.from_env()
-    except SettingsError as error:
-        _leave(error)
-
-
-def _claim_label(settings: Settings, name: str | None) -> str:
-    try:
-        return label.claim(settings.worker_name or name or socket.gethostname(), settings.home)
-    except SettingsError as error:
-        _leave(error)
 
 
 def _model_queues(settings: Settings) -> list[str]:
@@ -341,53 +311,6 @@ def _model_queues(settings: Settings) -> list[str]:
         path = Path(settings.model_path).expanduser()
         names.insert(0, path.absolute().name.removesuffix(".gguf") if path.exists() else settings.model_path)
     return [keys.model_queue(name) for name in names]
-
-
-def _url(connection: Redis) -> str:
-    """Write the connection as a URL, for the scout's process: RQ tells us only what it made of the user's.
-
-    Its options for TLS go with it.
-    """
-    pool = connection.connection_pool
-    if isinstance(pool, SentinelConnectionPool):
-        _leave(SettingsError("a worker cannot follow Redis Sentinel yet; give it the URL of the master (-u)"))
-    used = pool.connection_kwargs
-    user, password = (quote(used.get(name) or "", safe="") for name in ("username", "password"))
-    credentials = f"{user}:{password}@" if password else ""
-    if used.get("path"):
-        return f"unix://{credentials}{used['path']}?db={used.get('db') or 0}"
-    scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
-    host = f"[{used['host']}]" if ":" in used["host"] else used["host"]
-    given = {name: value for name, value in used.items() if name.startswith("ssl_") and isinstance(value, str | int)}
-    options = {name: value for name, value in given.items() if value or name == "ssl_check_hostname"}  # "False" is true
-    query = f"?{urlencode(options)}" if scheme == "rediss" and options else ""
-    return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}{query}"
-
-
-def _unique(label: str) -> str:
-    """Name the worker so that a restart never meets its dead predecessor's name."""
-    parts = dict.fromkeys((label, socket.gethostname(), str(os.getpid()), secrets.token_hex(3)))
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", ".".join(parts))
-
-
-def _leave(error: RadixqError) -> NoReturn:
-    """End the process with one line: whoever called us (`rq worker`) would print a traceback."""
-    _say(error)
-    raise SystemExit(error.exit_code)
-
-
-def _leave_at_once(error: RadixqError | None) -> NoReturn:
-    """End the process while the engine's thread still runs: an orderly end would abort in MLX's streams."""
-    if error is not None:
-        _say(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0 if error is None else error.exit_code)
-
-
-def _say(error: RadixqError) -> None:
-    code = "" if error.code == RadixqError.code else f"{error.code}: "
-    print(f"radixq: {code}{' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _start_though_suspended() -> None:

@@ -10,6 +10,8 @@ import fcntl
 import itertools
 import os
 import re
+import secrets
+import socket
 from pathlib import Path
 
 from common.errors import SettingsError
@@ -27,6 +29,12 @@ def claim(wanted: str, home: Path) -> str:
         return _claim(wanted, directory)
     except OSError as error:
         raise SettingsError(f"RADIXQ_HOME cannot be used: {error}; name a directory that can be written") from error
+
+
+def unique(label: str) -> str:
+    """Return a name for the process, of which no other ever had the same: a restart must not meet its predecessor's."""
+    parts = dict.fromkeys((label, socket.gethostname(), str(os.getpid()), secrets.token_hex(3)))
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", ".".join(parts))
 
 
 def _claim(wanted: str, directory: Path) -> str:
