@@ -273,3 +273,35 @@ def test_options_of_a_tls_connection_that_are_off_stay_off() -> None:
     given = Redis(host="host", ssl=True, ssl_cert_reqs="required", ssl_validate_ocsp=False)
     again = Redis.from_url(link.url(given)).connection_pool.connection_kwargs
     assert (again["ssl_cert_reqs"], again.get("ssl_validate_ocsp", False)) == ("required", False)
+
+
+def test_a_worker_says_once_that_its_environment_names_another_redis_and_no_password(
+    broker: Broker, start: Callable[..., Process]
+) -> None:
+    place, _, number = broker.url.removeprefix("redis://").rpartition("/")
+    other = f"{place}/{int(number) + 1}"
+    worker = start("--burst", "radixq", RADIXQ_REDIS_URL=f"redis://who:secret@{other}")
+    assert worker.wait() == 0
+    (line,) = [line for line in worker.log.splitlines() if "RADIXQ_REDIS_URL" in line]
+    assert f"uses Redis at {place}/{number}, and RADIXQ_REDIS_URL or RQ_REDIS_URL names {other}:" in line
+    assert "secret" not in worker.log
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ("redis://{host}:{port}/{db}?protocol=2", None),
+        ("redis://localhost:{port}/{db}", None),
+        ("redis://who:secret@{host}:1/{db}", "127.0.0.1:1/"),
+        ("redis://localhost:{port}/1{db}", "localhost:"),
+        ("http://who:secret@there", None),  # producers are refused
+    ],
+)
+def test_an_environment_names_another_redis_only_if_it_is_another(
+    redis: Redis, environment: str, names: str | None
+) -> None:
+    told = list(link.doubts(redis, environment.format(**redis.connection_pool.connection_kwargs)))
+    assert [names in doubt for doubt in told if names] == [True] * len(told)
+    assert bool(told) == bool(names)
+    assert "secret" not in str(told)
+    assert list(link.doubts(redis, None)) == []

@@ -129,6 +129,8 @@ class BatchWorker(BaseWorker):
             link.check(self.connection)
             scout.start()
             runner.start()
+            for doubt in link.doubts(self.connection, self._settings.redis_url):
+                _log.warning(doubt)
             super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
         except redis.exceptions.RedisError as error:
             self._pump.error = BrokerUnavailable(f"Redis failed while the worker started: {error}")

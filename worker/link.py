@@ -5,10 +5,12 @@ Knows no job and no queue.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator
+from typing import Final
 from urllib.parse import quote, urlencode
 
 import redis.exceptions
+from redis import Redis
 from redis.backoff import NoBackoff
 from redis.connection import SSLConnection
 from redis.retry import Retry
@@ -16,10 +18,8 @@ from redis.sentinel import SentinelConnectionPool
 
 from common.errors import BrokerUnavailable, SettingsError
 
-if TYPE_CHECKING:
-    from redis import Redis
-
 SOCKET_TIMEOUT_S: Final = 5.0
+_OTHER_S: Final = 2.0  # for the server that the environment names
 
 
 def tame(connection: Redis) -> Redis:
@@ -38,9 +38,7 @@ def check(connection: Redis) -> None:
     try:
         connection.ping()
     except redis.exceptions.RedisError as error:
-        used = connection.connection_pool.connection_kwargs
-        at = used.get("path") or f"{used.get('host')}:{used.get('port')}"
-        raise BrokerUnavailable(f"Redis at {at} cannot be used: {error}") from error
+        raise BrokerUnavailable(f"Redis at {_at(connection)} cannot be used: {error}") from error
 
 
 def url(connection: Redis) -> str:
@@ -65,3 +63,52 @@ def url(connection: Redis) -> str:
     options = {name: value for name, value in given.items() if value or name == "ssl_check_hostname"}  # "False" is true
     query = f"?{urlencode(options)}" if scheme == "rediss" and options else ""
     return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}{query}"
+
+
+def doubts(connection: Redis, environment: str | None) -> Iterator[str]:
+    """Yield a sentence for whatever will go wrong though the server answers: what, where, and what to do.
+
+    `environment` is the URL that producers with our environment use.
+    """
+    named = environment and _elsewhere(connection, environment)
+    if named:
+        yield (
+            f"this worker uses Redis at {_place(connection)}, and RADIXQ_REDIS_URL or RQ_REDIS_URL names {named}: what "
+            "is submitted with this environment waits there; give -u the same URL, or use `radixq-worker run`"
+        )
+
+
+def _elsewhere(connection: Redis, environment: str) -> str | None:
+    """Return the place that a URL names, without credentials, if it is not that of the connection."""
+    retry = Retry(NoBackoff(), 0)
+    try:
+        other = Redis.from_url(environment, socket_timeout=_OTHER_S, socket_connect_timeout=_OTHER_S, retry=retry)
+    except ValueError:  # producers are told
+        return None
+    with other:
+        return None if _is_same(connection, other) else _place(other)
+
+
+def _is_same(one: Redis, other: Redis) -> bool:
+    """Whether both are the same database of the same server, whatever it is called."""
+    if _place(one) == _place(other):
+        return True
+    if _database(one) != _database(other):
+        return False
+    try:
+        return str(one.info("server")["run_id"]) == str(other.info("server")["run_id"])
+    except (redis.exceptions.RedisError, KeyError):
+        return False
+
+
+def _at(connection: Redis) -> str:
+    used = connection.connection_pool.connection_kwargs
+    return str(used.get("path") or f"{used.get('host', 'localhost')}:{used.get('port', 6379)}")
+
+
+def _place(connection: Redis) -> str:
+    return f"{_at(connection)}/{_database(connection)}"
+
+
+def _database(connection: Redis) -> int:
+    return int(connection.connection_pool.connection_kwargs.get("db") or 0)
