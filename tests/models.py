@@ -76,6 +76,15 @@ def tiny(arch: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
     return model
 
 
+def endless(**overrides: Any) -> Any:
+    """Build a tiny model that never ends an answer by itself."""
+    model = tiny(**overrides)
+    weights = np.array(model.lm_head.weight)
+    weights[EOS - 1 :] = 0  # all tokens that end one
+    model.lm_head.weight = mx.array(weights)
+    return model
+
+
 def random_weights(model: Module, seed: int) -> dict[str, mx.array]:
     """Return weights for every parameter of a model."""
     rng = np.random.default_rng(seed)

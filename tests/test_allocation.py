@@ -8,23 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from common.messages import Sampling
 from tests.engines import Bench, alone, bench, prompt
-from tests.models import tiny
+from tests.models import endless
 from worker.kv import Batch, Path
 from worker.sequence import Event, Finished, Prompt
 from worker.tails import Tails
 
 LAYERS = 3
 FULL = RuntimeError("[metal::malloc] Unable to allocate 123 bytes")
-
-
-def endless() -> Any:
-    """Return a model that never ends an answer by itself."""
-    model = tiny()
-    weights = np.array(model.lm_head.weight)
-    weights[-3:] = 0
-    model.lm_head.weight = mx.array(weights)
-    return model
 
 
 class Marks:
@@ -152,3 +144,29 @@ def test_all_rows_run_again_where_none_can_take_the_place_of_one_that_leaves(
     run.run({})
     answers(run, prompts)
     assert run.ended.keys() == prompts.keys()
+
+
+def test_jobs_that_end_in_a_step_after_which_nothing_can_be_given_up_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, prompts = decoding()
+    prompts["short"] = prompts.pop("5")
+    run.engine.abort("5")
+    run.engine.add("short", Prompt(prompts["short"].tokens, Sampling(max_tokens=3)))
+    plain, failed = Batch.shrink, list[int]()
+
+    def shrink(batch: Batch) -> None:
+        if len(batch) == 5 and not failed:
+            failed.append(1)
+            raise FULL
+        plain(batch)
+
+    monkeypatch.setattr(Batch, "shrink", shrink)
+    run.run({})
+    assert failed
+    del prompts["short"]
+    answers(run, prompts)
+    assert isinstance(run.ended["short"], Finished)
+    stats = run.engine.stats()
+    assert stats.completion_tokens == 5 * 20 + 3, "nobody ran twice"
+    assert stats.decoded_tokens <= 6 * 20

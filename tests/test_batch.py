@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from tests.engines import Bench, bench, prompt
-from tests.models import tiny
+from tests.models import endless
 from worker.kv import KV, Batch, Path
 from worker.sequence import Prompt
 
@@ -134,10 +134,7 @@ SLIGHT: dict[str, Any] = {
 
 def ready(max_rows: int = 32) -> Bench:
     """Return an engine on a model that is nearly nothing and never ends an answer by itself."""
-    model = tiny(**SLIGHT)
-    weights = np.array(model.lm_head.weight)
-    weights[-3:] = 0
-    model.lm_head.weight = mx.array(weights)
+    model = endless(**SLIGHT)
     run = bench(model, alone=model, max_rows=max_rows, chunk_tokens=PREFIX)
     run.watched.engine = None  # keep no logits
     return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.buckets import MOST_BUCKETS, Room, cells, made, most_cells, sorted_rows
@@ -39,7 +39,16 @@ def test_rows_of_one_length_are_one_group_and_of_many_at_most_eight() -> None:
 
 
 @pytest.mark.parametrize("roomy", [True, False])
-@given(needed=LENGTHS, shared=st.integers(0, 500))
-def test_what_is_planned_for_covers_the_buffers_that_rows_get(needed: list[int], shared: int, roomy: bool) -> None:
-    room = Room(needed, shared, roomy=roomy)
-    assert most_cells(needed, shared, roomy=roomy) >= cells(made(needed, needed, room))
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=12),
+    shared=st.tuples(st.integers(0, 3000), st.integers(0, 3000)),
+)
+@example(rows=[(2, 0), (2, 0), (2, 1), (1, 1)], shared=(0, 0))
+def test_what_is_planned_for_covers_the_buffers_that_rows_get_on_their_way(
+    rows: list[tuple[int, int]], shared: tuple[int, int], roomy: bool
+) -> None:
+    """Whatever they need and share by then."""
+    needed, limits = [now for now, _ in rows], [now + more for now, more in rows]
+    buckets = made(needed, limits, Room(needed, min(shared), roomy=roomy))
+    assert most_cells(limits, max(shared), roomy=roomy) >= cells(buckets)
+    assert all(held.columns >= needed[row] for held in buckets for row in held.rows)

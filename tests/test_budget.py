@@ -15,7 +15,7 @@ import pytest
 from common.messages import Sampling
 from tests.effort import lines_run
 from tests.engines import alone, bench, prompt
-from tests.models import tiny
+from tests.models import endless, tiny
 from tests.test_families import family_bench
 from tests.test_families import tree as tree_of_turns
 from worker.cache import Limits
@@ -261,3 +261,24 @@ def test_what_waits_costs_a_job_the_same_with_four_times_as_many(make: Callable[
         return lines_run(work) / sum(1 + len(row.prompt.tokens) / 20 for row in rows)
 
     assert cost(800) < 1.5 * cost(200)
+
+
+def test_rows_that_had_room_to_spare_take_none_that_a_segment_has_been_given_since() -> None:
+    """All their tails lie in one buffer. A segment is computed beside them, but its job does not fit and waits."""
+    model = endless(**{**HEAVY, "num_hidden_layers": 25, "num_attention_heads": 1, "num_key_value_heads": 1})
+    run = bench(model, alone=model, max_rows=9, chunk_tokens=2048, kv_bytes=2750 * 6400)
+    engine = run.engine
+    assert engine._loaded.kv_bytes_per_token == 6400
+    for number in range(8):
+        engine.add(str(number), prompt([number, *range(199 if number % 2 else 139)], 60))
+    most, roomy = 0, set[bool]()
+    for _ in range(5):
+        engine.step()
+    engine.add("waits", prompt([25, *(i % 290 for i in range(900))], 3, [800]))
+    while len(engine.running) == 8:
+        engine.step()
+        most = max(most, engine.stats().cache_bytes)
+        roomy.add(engine._running.batch.roomy)
+    assert engine.cache.tree.num_tokens >= 800
+    assert most <= 2750 * 6400
+    assert roomy == {True, False}

@@ -145,6 +145,13 @@ def test_a_segment_that_several_rows_read_is_planned_once_and_the_saving_counted
     assert batch.copied_tokens == 200
 
 
+def test_a_node_that_rows_use_up_to_different_depths_is_held_once() -> None:
+    node = kv(200, 0)
+    batch = Batch(LAYERS)
+    batch.open([Path([(node, used)]) for used in (200, 190, 180)])
+    assert batch.copied_tokens == 190 + 180
+
+
 def test_wiping_a_row_leaves_no_nan_behind_a_mask() -> None:
     batch = opened(2)
     feed(batch, 2, float("nan"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.engines import examples
-from worker.buckets import MOST_BUCKETS
+from worker.buckets import GROWTH, MOST_BUCKETS
 from worker.kv import KV, Batch, Path
 
 LAYERS = 2
@@ -121,9 +121,8 @@ class Life:
         if self.rows:
             row = self.rng.randrange(len(self.rows)) if row is None else row
             self.batch.leave(row)
-            for held in (self.rows, self.limits):
-                held[row] = held[-1]  # type: ignore[call-overload]
-                held.pop()
+            self.rows[row], self.limits[row] = self.rows[-1], self.limits[-1]
+            del self.rows[-1], self.limits[-1]
 
     def drop_front(self) -> None:
         long = [number for number, row in enumerate(self.rows) if len(row) > 1]
@@ -162,10 +161,10 @@ class Life:
         self.batch.forward(Marks(self.batch), fed[:, None], [1] * count)
         for row, token in zip(self.rows, fed.tolist(), strict=True):
             row.append(token)
-        for row in sorted({spoiled, *leaving}, reverse=True):
-            if self.rows[row][-1] == BROKEN:
-                self.batch.wipe(row)
-            self.leave(row)
+        for number in sorted({spoiled, *leaving}, reverse=True):
+            if self.rows[number][-1] == BROKEN:
+                self.batch.wipe(number)
+            self.leave(number)
 
     def shrink(self) -> None:
         if self.rows:
@@ -260,3 +259,21 @@ def test_a_nan_that_a_row_left_where_it_lay_before_it_moved_reaches_nobody_who_c
     assert [(b.lines, b.columns) for b in life.batch._tails.buckets] == [(b.lines, b.columns) for b in buckets]
     life.decode()
     life.check()
+
+
+def test_buffers_of_rows_too_different_for_eight_buckets_are_not_made_anew_in_every_step() -> None:
+    rng, batch, other = random.Random(0), Batch(LAYERS), Batch(LAYERS, columns=300)
+    lengths = [rng.randint(1, 300) for _ in range(32)]
+    kv = KV([(mx.zeros((1, 1, 8000, 2)), mx.zeros((1, 1, 8000, 2))) for _ in range(LAYERS)])
+    other.open([Path([(kv, 8000)])] * 32)
+    other.forward(Marks(other), np.zeros((32, 300), np.int32), lengths)
+    other.trim(lengths)
+    batch.join(other, [length + 60 for length in lengths])
+    made = []
+    for _ in range(20):
+        batch.forward(Marks(batch), np.zeros((32, 1), np.int32), [1] * 32)
+        batch.shrink()
+        batch.evaluate()
+        made.append(batch._tails.buckets)
+    assert len(made[-1]) == MOST_BUCKETS
+    assert len(set(made)) <= len(made) // GROWTH + 1

@@ -55,10 +55,12 @@ class Room:
     Attributes:
         beside: free cells beside rows shorter than their bucket, when buckets are made.
         most: free cells with which buckets need not be made anew.
+        roomy: whether there is memory for more than a little.
     """
 
     def __init__(self, needed: Sequence[int], shared: int, *, roomy: bool) -> None:
         own, rows = sum(needed), len(needed)
+        self.roomy = roomy
         self._rows, self._longest = rows, max(needed) // 16 + 2 * GROWTH
         self._strict = shared > own or not roomy
         self._free = self._longest * rows
@@ -88,9 +90,12 @@ def most_cells(needed: Sequence[int], shared: int, *, roomy: bool) -> int:
 
 
 def made(needed: Sequence[int], limits: Sequence[int], room: Room) -> list[Bucket]:
-    """Sort rows into buckets with some columns to grow, as far as their rows can."""
+    """Sort rows into buckets with some columns to grow, as far as their rows can, and as was planned for them."""
     groups = [(rows, max(needed[row] for row in rows)) for rows in sorted_rows(needed, room.beside)]
-    growth = room.growth(sum(len(rows) * width for rows, width in groups) - sum(needed))
+    least = sum(len(rows) * width for rows, width in groups)
+    growth = room.growth(least - sum(needed))
+    if not room.roomy:
+        growth = min(growth, (most_cells(limits, 0, roomy=False) - least) // len(needed))
     buckets = []
     for rows, width in groups:
         most = max(limits[row] for row in rows)

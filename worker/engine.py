@@ -230,21 +230,25 @@ class Engine:
         """Give every running row its next token; `alone`: no others are about to join."""
         began = time.perf_counter()
         self._follow_splits()
+        self._running.make_ready(*self._coming())
         rows = self._running.rows
         inputs = np.array([[row.next_input] for row in rows], np.int32)
         logits, norm = self._logits(rows, inputs)
         chosen, finite = sample(logits - norm, [row.sampler for row in rows]), mx.isfinite(norm[:, 0])
         mx.eval(chosen, finite)
-        for row in rows:
-            if not row.generated:
-                self._count_prompt(row, 1)
+        for row in [row for row in rows if not row.generated]:
+            self._count_prompt(row, 1)
         self._stats = replace(self._stats, last_token_at=time.time())
         self._count(decode_steps=1, decoded_tokens=len(rows))
         events = self._accept(np.array(chosen).tolist(), np.array(finite).tolist())
-        if alone and self.cache.reuse == "shared":
-            self._running.shrink()
+        if alone:
+            self._guarded(self._shrink, [])  # what ended in this step has, and rows stay where they are
         self._count(decode_s=time.perf_counter() - began)
         return events
+
+    def _shrink(self) -> list[Event]:
+        self._running.shrink()
+        return []
 
     def _logits(self, rows: Sequence[Row], inputs: Tokens) -> tuple[mx.array, mx.array]:
         """Return the logits of all rows and their log-sum-exp, of which no row has made another's not finite."""

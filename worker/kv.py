@@ -5,7 +5,6 @@ Knows MLX, but no model and no tree. Shape letters as in `worker.attention`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,8 @@ import numpy as np
 from worker.buckets import Bucket, Room, cells, made
 from worker.forms import MERGED, Choose, Division, Held, always
 from worker.tails import Tails, detached
+
+_ENDLESS = 1 << 32  # columns
 
 
 class KV:
@@ -75,6 +76,7 @@ class Batch:
 
     Attributes:
         lengths: tail tokens per row.
+        roomy: whether there is memory for buffers of which more than a little is free.
         shown: the mask of the prefill under way, if the model asked for an array.
     """
 
@@ -84,7 +86,7 @@ class Batch:
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
         self._limits: list[int] = []  # columns that each row's tail can come to
-        self._choose, self._soon, self._roomy = choose, columns, True
+        self._choose, self._soon, self.roomy = choose, columns, True
         self._tails = Tails(num_layers)
         self._division: Division | None = None
         self._new_tokens = 0
@@ -106,7 +108,7 @@ class Batch:
     @property
     def copied_tokens(self) -> int:
         """Prefix tokens that per-row copies would hold, less those that are held."""
-        return sum(p.num_tokens for p in self.paths) - sum(used for _, used in self._readers)
+        return sum(p.num_tokens for p in self.paths) - _shared_tokens(self.paths)
 
     @property
     def isolates(self) -> bool:
@@ -117,7 +119,7 @@ class Batch:
         """Add one row with an empty tail per path."""
         self.paths.extend(paths)
         self.lengths.extend(0 for _ in paths)
-        self._limits.extend(sys.maxsize for _ in paths)
+        self._limits.extend(_ENDLESS for _ in paths)
         self._division = None
 
     def set_path(self, row: int, path: Path) -> None:
@@ -156,7 +158,8 @@ class Batch:
         self.offset = mx.array(starts, mx.int32)
         needed = [max(self._soon, n + new_tokens) for n in self.lengths]
         if not self._hold(needed):
-            self._arrange(needed)
+            limits = [self._soon] * len(self) if self._soon >= max(needed) else self._limits
+            self._arrange(made(needed, limits, self._room(needed)))
         self._tails.arrange(self._tails.buckets)  # layers that lacked the memory for it before
         self._tails.begin(self.lengths, new_tokens)
         self.shown = None
@@ -174,7 +177,7 @@ class Batch:
 
         Args:
             limits: how many columns each of them can come to, where that is known.
-            roomy: whether there is memory for more than a little that is free.
+            roomy: the same from now on as the attribute.
 
         If it raises, this batch still has its rows and no others.
         """
@@ -182,13 +185,15 @@ class Batch:
         paths, limits = [*self.paths, *other.paths], [*self._limits, *(limits or other._limits)]
         needed = [n + 1 for n in lengths]
         room = Room(needed, _shared_tokens(paths), roomy=roomy)
-        buckets = self._filled_up(needed, room) or made(needed, limits, room)
+        buckets, fresh = self._filled_up(needed), made(needed, limits, room)
+        if buckets is None or cells(buckets) > max(sum(needed) + room.most, cells(fresh)):
+            buckets = fresh
         self._tails.arrange(buckets, other._tails, first)
         self.lengths, self.paths, self._limits = lengths, paths, limits
-        self._soon, self._roomy, self._division = 0, roomy, None
+        self._soon, self.roomy, self._division = 0, roomy, None
 
-    def _filled_up(self, needed: Sequence[int], room: Room) -> list[Bucket] | None:
-        """Return the buckets with new rows in free lines; None if they do not fit, or too much would be free."""
+    def _filled_up(self, needed: Sequence[int]) -> list[Bucket] | None:
+        """Return the buckets with new rows in free lines; None if they do not fit."""
         buckets = list(self._tails.buckets)
         for row in range(len(self), len(needed)):
             fits = [b for b in buckets if len(b.rows) < b.lines and b.columns >= needed[row]]
@@ -196,21 +201,27 @@ class Batch:
                 return None
             at = buckets.index(min(fits, key=lambda b: b.columns))
             buckets[at] = replace(buckets[at], rows=(*buckets[at].rows, row))
-        if any(b.columns < needed[row] for b in buckets for row in b.rows):
-            return None
-        return buckets if cells(buckets) <= sum(needed) + room.most else None
+        return None if any(b.columns < needed[row] for b in buckets for row in b.rows) else buckets
 
     def shrink(self) -> None:
         """Give up the lines of rows that have left, and columns, if they are more than a little of what is held."""
         needed = [n + 1 for n in self.lengths]
-        room = Room(needed, _shared_tokens(self.paths), roomy=self._roomy)
-        if cells(self._tails.buckets) > sum(needed) + room.most:
-            self._arrange(needed)
+        room = self._room(needed)
+        held = cells(self._tails.buckets)
+        if held > sum(needed) + room.most and held > cells(fresh := made(needed, self._limits, room)):
+            self._arrange(fresh)
 
-    def _arrange(self, needed: Sequence[int]) -> None:
-        limits = [self._soon] * len(self) if self._soon >= max(needed) else self._limits
-        self._tails.arrange(made(needed, limits, Room(needed, _shared_tokens(self.paths), roomy=self._roomy)))
+    def _arrange(self, buckets: Sequence[Bucket]) -> None:
+        self._tails.arrange(buckets)
         self._division = None
+
+    def _room(self, needed: Sequence[int]) -> Room:
+        return Room(needed, _shared_tokens(self.paths), roomy=self.roomy)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next token of all rows takes other buffers."""
+        return not self._hold([n + 1 for n in self.lengths])
 
     def _hold(self, needed: Sequence[int]) -> bool:
         """Whether every row has a line that is long enough."""
@@ -276,8 +287,12 @@ class Batch:
 
 
 def _shared_tokens(paths: Sequence[Path]) -> int:
-    """Return the tokens above rows, shared ones counted once."""
-    return sum(used for _, used in {(id(kv), used) for path in paths for kv, used in path.nodes})
+    """Return the tokens above rows, shared ones counted once, also where one row uses more of a node than another."""
+    most = dict[int, int]()
+    for path in paths:
+        for kv, used in path.nodes:
+            most[id(kv)] = max(used, most.get(id(kv), 0))
+    return sum(most.values())
 
 
 class LayerCache:

@@ -66,6 +66,11 @@ class Running:
         copied = whole // self._cache.num_layers  # when rows are sorted into other buckets
         return Need(lasting, 1 + min(MOST_BUCKETS, len(rows)), max(0, before - lasting) + copied)
 
+    def make_ready(self, joining: Sequence[Row], beside: Need) -> None:
+        """Let buffers that the next token takes be roomy only where that leaves room for what is about to come."""
+        if self._cache.reuse == "shared" and self.batch.roomy and self.batch.full:
+            self.batch.roomy = self._cache.make_room(self.demand(joining, roomy=True) + beside)
+
     def share_with(self, row: Row, found_tokens: int, least_tokens: int, joining: Sequence[Row]) -> bool:
         """Put into the tree what a running row holds of a job's prompt, if that is `least_tokens` more than was found.
 
@@ -82,7 +87,7 @@ class Running:
 
     def shrink(self) -> None:
         """Give up the room of rows that have left; for when no others are about to take it."""
-        if self.rows:
+        if self.rows and self._cache.reuse == "shared":
             self.batch.shrink()
 
     def _share(self, row: Row, batch: Any, index: int, end: int, beside: Need | None = None) -> bool:
