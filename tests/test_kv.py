@@ -126,6 +126,14 @@ def test_the_mask_shows_each_row_its_own_tail_up_to_the_new_token() -> None:
     assert np.array(mask)[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
+def test_a_model_is_given_back_the_new_tokens_alone_wherever_tails_lie() -> None:
+    batch = opened(1)
+    feed(batch, 3, 1)
+    batch._begin(1)
+    keys, values = new_tokens(1, 1, 4), new_tokens(1, 1, 5)
+    assert LayerCache(batch, 0).update_and_fetch(keys, values) == (keys, values)
+
+
 def test_what_is_dropped_from_the_front_leaves_the_rest_in_place() -> None:
     batch = opened(2)
     feed(batch, 5, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from mlx_lm.models.llama import Attention
 from tests.families import build
 from tests.models import tiny
 from worker import probe
+from worker.tails import Tails
 
 CONTEXT = 4096
 
@@ -58,6 +59,18 @@ def temperature(offset: Any) -> Any:
 
 def test_attention_like_llamas_is_shared() -> None:
     assert probe.reuse(peculiar(), CONTEXT) == "shared"
+
+
+def test_rows_are_tried_with_tails_in_different_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = Tails.begin, list[int]()
+
+    def begin(tails: Tails, lengths: Sequence[int], new_tokens: int) -> None:
+        seen.append(len(tails.buckets))
+        plain(tails, lengths, new_tokens)
+
+    monkeypatch.setattr(Tails, "begin", begin)
+    assert probe.reuse(peculiar(), CONTEXT) == "shared"
+    assert set(seen) == {1, 2}
 
 
 def test_one_position_for_all_rows_is_not_shared() -> None:

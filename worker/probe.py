@@ -6,7 +6,8 @@ the way chosen is right is seen by running a few tokens that way and plainly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -97,8 +98,8 @@ def _trials(model: Any, way: Reuse, far: int) -> Iterator[tuple[mx.array, mx.arr
         _run(model, prefix, _PROMPT[:PREFIX])
         path = Path([(_payload(prefix, way), PREFIX)])
         path.num_tokens += position
-        for batch in _batches(model, way):
-            yield from zip(_beside_another(model, batch, path), (expected, plain), strict=True)
+        for make in _batches(model, way):
+            yield from zip(_beside_another(model, make, path), (expected, plain), strict=True)
 
 
 class _Shifted:
@@ -126,25 +127,32 @@ def _payload(caches: list[Any], way: Reuse) -> KV | Snapshot:
     return KV([(c.keys[:, :, :PREFIX], c.values[:, :, :PREFIX]) for c in caches])
 
 
-def _batches(model: Any, way: Reuse) -> list[Any]:
+def _batches(model: Any, way: Reuse) -> list[Callable[[], Any]]:
+    """Return what makes batches of the kinds to try."""
+
     def make_cache() -> list[Any]:
         return make_prompt_cache(model)
 
     if way == "shared":
-        return [Batch(len(make_cache()), choose) for choose in (exactly, MERGED)]
-    return [Solo(make_cache, snapshots=way == "snapshot")]
+        return [partial(Batch, len(make_cache()), choose) for choose in (exactly, MERGED)]
+    return [partial(Solo, make_cache, snapshots=way == "snapshot")]
 
 
-def _beside_another(model: Any, batch: Any, path: Path) -> list[mx.array]:
-    """Run the prompt twice in one batch, once from the prefix and once from nothing, so that the rows differ."""
+def _beside_another(model: Any, make: Callable[[], Any], path: Path) -> list[mx.array]:
+    """Run the prompt twice in one batch, once from the prefix and once from nothing, so that the rows differ.
+
+    As in the engine they prefill together and then join others, where their tails lie in different buffers.
+    """
     rows = [_PROMPT[PREFIX:], _PROMPT]
-    batch.open([path, Path()])
+    prefill, batch = make(), make()
+    prefill.open([path, Path()])
     block = np.zeros((2, TOKENS - 1), np.int32)
     counts = [len(row) - 1 for row in rows]
     for line, row, count in zip(block, rows, counts, strict=True):
         line[:count] = row[:count]
-    batch.forward(model, block, counts)
-    batch.trim(counts)
+    prefill.forward(model, block, counts)
+    prefill.trim(counts)
+    batch.join(prefill)
     logits = batch.forward(model, np.array([[row[-1]] for row in rows], np.int32), [1, 1])
     mx.eval(logits)
     return [logits[:1], logits[1:]]
