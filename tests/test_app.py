@@ -24,6 +24,7 @@ from common.serializer import JobSerializer
 from tests.broker import ENDLESS, ROWS, SHORT, Broker
 from tests.processes import Process, Processes, wait_until
 from worker import link, server
+from worker.flight import Clock
 
 RESULT_FIELDS = {
     "status", "text", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens",
@@ -300,8 +301,17 @@ def test_a_worker_says_once_that_its_environment_names_another_redis_and_no_pass
 def test_an_environment_names_another_redis_only_if_it_is_another(
     redis: Redis, environment: str, names: str | None
 ) -> None:
-    told = list(link.doubts(redis, environment.format(**redis.connection_pool.connection_kwargs)))
+    told = list(link.doubts(redis, environment.format(**redis.connection_pool.connection_kwargs), Clock()))
     assert [names in doubt for doubt in told if names] == [True] * len(told)
     assert bool(told) == bool(names)
     assert "secret" not in str(told)
-    assert list(link.doubts(redis, None)) == []
+    assert list(link.doubts(redis, None, Clock())) == []
+
+
+@pytest.mark.parametrize(("ahead_s", "told"), [(80.0, "80.0 s behind"), (-80.0, "80.0 s ahead of"), (3.0, None)])
+def test_a_clock_that_is_wrong_is_told_with_what_to_do(redis: Redis, ahead_s: float, told: str | None) -> None:
+    clock = Clock()
+    clock.ahead_s = ahead_s
+    doubts = list(link.doubts(redis, None, clock))
+    assert len(doubts) == (1 if told else 0)
+    assert all(f"this machine's clock is {told} the Redis server's" in doubt and "NTP" in doubt for doubt in doubts)

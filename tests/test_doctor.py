@@ -56,6 +56,7 @@ def test_a_good_machine_passes_every_check(other_server: Redis, model: Path) -> 
     assert found["pictures"].detail == "none: it reads text only"
     assert found["model"].detail == "tiny, context 4096 tokens"
     assert found["attention"].detail.endswith("(rows x tokens)")
+    assert "this machine's clock is 0." in found["clock"].detail
 
 
 def test_a_server_that_is_away_is_named_without_its_password() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from rq import Queue, Retry
+from rq import Queue, Retry, executions, registry
 from rq.job import Job, JobStatus
 from rq.worker import Worker
 
@@ -23,9 +23,10 @@ from common.errors import SettingsError
 from common.serializer import JobSerializer
 from common.settings import Settings
 from tests.processes import ROOT
-from worker import life
+from worker import leases, life
 from worker.app import BatchWorker
 from worker.flight import Flight
+from worker.leases import LEASE_S
 from worker.life import Life
 from worker.pump import Pump
 from worker.runner import Runner
@@ -141,6 +142,26 @@ def test_a_worker_of_another_machine_is_waited_for_until_its_leases_end(
     near.pump._takeover.look()
     assert waiting(redis) == [job.id for job in jobs]
     assert redis.smembers(keys.FLIGHTS) == {near.worker.name.encode()}
+
+
+def test_leases_are_kept_by_the_servers_clock_whatever_the_machines_clocks_say(
+    host: Callable[..., Host], redis: Redis, enqueue: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (executions, registry):  # put back after the test
+        monkeypatch.setattr(module, "current_timestamp", module.current_timestamp)
+    (job,) = enqueue(1)
+    far, near = host("there"), host("here")
+    for pump in (far.pump, near.pump):
+        pump.clock.ahead_s = -2 * LEASE_S  # the clocks of both machines are ahead of the server's
+    leases.keep_by(near.pump.clock)
+    (flight,) = far.take(job)
+    leases.renew(far.worker, far.pump.ledger, [flight])
+    assert near.pump._takeover.look() == 0
+    near.worker.queues[0].started_job_registry.cleanup()
+    assert flight.job.get_status() == JobStatus.STARTED
+    near.pump.clock.ahead_s += LEASE_S + 5  # so much time passes
+    assert near.pump._takeover.look() == 1
+    assert waiting(redis) == [job.id]
 
 
 def test_a_worker_that_only_slept_finds_its_jobs_taken_and_leaves_them_alone(

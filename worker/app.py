@@ -29,7 +29,7 @@ from common import keys, log, pictures
 from common.errors import BrokerUnavailable, InternalError, RadixqError, SettingsError
 from common.serializer import JobSerializer
 from common.settings import Settings
-from worker import label, leave, link, platform
+from worker import label, leases, leave, link, platform
 from worker.job import QueuedJob, bounded_in_registries
 from worker.life import Life
 from worker.outage import explain
@@ -127,9 +127,11 @@ class BatchWorker(BaseWorker):
         self._install_signal_handlers()  # type: ignore[no-untyped-call]
         try:
             link.check(self.connection)
+            self._pump.clock.sync(self.connection)
+            leases.keep_by(self._pump.clock)
             scout.start()
             runner.start()
-            for doubt in link.doubts(self.connection, self._settings.redis_url):
+            for doubt in link.doubts(self.connection, self._settings.redis_url, self._pump.clock):
                 _log.warning(doubt)
             super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
         except redis.exceptions.RedisError as error:

@@ -24,7 +24,8 @@ from rq.worker_registration import REDIS_WORKER_KEYS
 from common import keys
 from common.errors import RadixqError
 from common.settings import Settings, hide_password
-from worker import platform, server
+from worker import link, platform, server
+from worker.flight import Clock
 
 _OURS: Final = ("common", "producer", "worker")
 _OLDEST_SERVER: Final = (6, 2)  # LMOVE
@@ -59,6 +60,8 @@ def _broker(settings: Settings) -> Iterator[Check]:
     try:
         with Redis.from_url(url, decode_responses=True, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as redis:
             facts: dict[str, Any] = redis.info()
+            clock = Clock()
+            clock.sync(redis)
             foreign = list(_foreign_workers(redis))
     except (RedisError, OSError, ValueError) as error:
         if settings.redis_url is None and type(error) is RedisConnectionError:  # its subclasses are a server's answers
@@ -68,6 +71,7 @@ def _broker(settings: Settings) -> Iterator[Check]:
         yield Check("redis", False, f"{shown}: {reason}", "start it, set RADIXQ_REDIS_URL, or use `radixq-worker run`")
         return
     yield _server_version(shown, facts)
+    yield Check("clock", abs(clock.ahead_s) <= link.SKEW_S, link.skew(clock), link.BY_NTP)
     yield Check(
         "persistence",
         bool(facts.get("aof_enabled")),

@@ -153,7 +153,7 @@ class Drain:
             self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
             *begun, once = groups.cut(pipe, starts)
         words: list[Any] = [
-            self._settings.window_jobs, time.time(), QueuedJob.max_bytes, FIELD_BYTES, keys.SUSPECTS
+            self._settings.window_jobs, self._clock.now(), QueuedJob.max_bytes, FIELD_BYTES, keys.SUSPECTS
         ]  # fmt: skip
         for flight, group in zip(flights, begun, strict=True):
             words += (flight.queue.key, flight.job.id, *group)

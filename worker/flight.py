@@ -22,16 +22,20 @@ from worker.suspects import Suspicion
 
 
 class Clock:
-    """The Redis server's time: what two machines and their results agree on."""
+    """The Redis server's time: what two machines, their leases and their results agree on.
+
+    Attributes:
+        ahead_s: how far the server's clock is ahead of this machine's.
+    """
 
     def __init__(self) -> None:
-        self._offset_s = 0.0
+        self.ahead_s = 0.0
 
     def sync(self, connection: Redis) -> None:
         """Ask the server once more."""
         before = time.time()
         seconds, microseconds = connection.time()
-        self._offset_s = seconds + microseconds / 1e6 - (before + time.time()) / 2
+        self.ahead_s = seconds + microseconds / 1e6 - (before + time.time()) / 2
 
     def now(self) -> float:
         """Return seconds since the epoch."""
@@ -39,7 +43,7 @@ class Clock:
 
     def at(self, local: float) -> float:
         """Return what the server's clock said when ours said `local`."""
-        return local + self._offset_s
+        return local + self.ahead_s
 
 
 def iso(at: float) -> str:

@@ -17,8 +17,12 @@ from redis.retry import Retry
 from redis.sentinel import SentinelConnectionPool
 
 from common.errors import BrokerUnavailable, SettingsError
+from worker.flight import Clock
 
 SOCKET_TIMEOUT_S: Final = 5.0
+SKEW_S: Final = 5.0
+"""Clocks that differ by more are said to be wrong."""
+BY_NTP: Final = "set both by NTP (a Mac: System Settings, General, Date & Time; Linux: timedatectl set-ntp true)"
 _OTHER_S: Final = 2.0  # for the server that the environment names
 
 
@@ -65,7 +69,13 @@ def url(connection: Redis) -> str:
     return f"{scheme}://{credentials}{host}:{used['port']}/{used.get('db') or 0}{query}"
 
 
-def doubts(connection: Redis, environment: str | None) -> Iterator[str]:
+def skew(clock: Clock) -> str:
+    """Say how this machine's clock stands to the server's."""
+    off_s = -clock.ahead_s
+    return f"this machine's clock is {abs(off_s):.1f} s {'ahead of' if off_s > 0 else 'behind'} the Redis server's"
+
+
+def doubts(connection: Redis, environment: str | None, clock: Clock) -> Iterator[str]:
     """Yield a sentence for whatever will go wrong though the server answers: what, where, and what to do.
 
     `environment` is the URL that producers with our environment use.
@@ -76,6 +86,8 @@ def doubts(connection: Redis, environment: str | None) -> Iterator[str]:
             f"this worker uses Redis at {_place(connection)}, and RADIXQ_REDIS_URL or RQ_REDIS_URL names {named}: what "
             "is submitted with this environment waits there; give -u the same URL, or use `radixq-worker run`"
         )
+    if abs(clock.ahead_s) > SKEW_S:
+        yield f"{skew(clock)}; {BY_NTP}: `rq info` and plain workers take jobs from the living by their own clocks"
 
 
 def _elsewhere(connection: Redis, environment: str) -> str | None:

@@ -54,18 +54,19 @@ class Pump:
     """Everything between RQ's loop and the engine, for one worker process.
 
     Attributes:
+        clock: the server's time, as of the last renewal.
         flights: what runs, by execution, until its result is delivered.
         error: why it ended, unless it was asked to.
     """
 
     def __init__(self, worker: BatchWorker, settings: Settings, label: str, runner: Runner, scout: Scout) -> None:
         self._worker, self._settings, self._runner, self._scout = worker, settings, runner, scout
-        self._clock = Clock()
-        self._drain = Drain(worker, self._clock, label, settings)
-        self._outbox = Outbox(worker, settings, self._clock, label)
-        self._takeover = Takeover(worker, self._drain, self._outbox, settings.home)
-        self._sweep = Sweep(worker.connection, settings, self._clock)
-        self._metrics = Metrics(worker.connection, label, self._clock)
+        self.clock = Clock()
+        self._drain = Drain(worker, self.clock, label, settings)
+        self._outbox = Outbox(worker, settings, self.clock, label)
+        self._takeover = Takeover(worker, self._drain, self._outbox, settings.home, self.clock)
+        self._sweep = Sweep(worker.connection, settings, self.clock)
+        self._metrics = Metrics(worker.connection, label, self.clock)
         self._orphans = Orphans(worker.connection, worker.queues, settings)
         self._poll, self._second, self._beat = _Every(POLL_S), _Every(1.0), _Every(BEAT_S)
         self._offers: list[Candidate] = []
@@ -113,6 +114,7 @@ class Pump:
 
     def renew(self) -> None:
         """Renew all leases; what was taken away is given up (its delivery finds out who has it)."""
+        self.clock.sync(self._worker.connection)
         for flight in leases.renew(self._worker, self._drain.ledger, list(self.flights.values())):
             self._end(flight, Cancelled("the job was taken from this worker"))
 
@@ -168,7 +170,6 @@ class Pump:
     def _exchange(self, max_jobs: int | None) -> None:
         """Do everything with Redis that is due."""
         if self._beat.due():
-            self._clock.sync(self._worker.connection)
             self.renew()
             self.recover()
         self._deliver()
@@ -188,7 +189,7 @@ class Pump:
 
     def _tend(self) -> None:
         """Look after jobs that are in no queue yet, and after callbacks."""
-        now_s = self._clock.now()
+        now_s = self.clock.now()
         schedule.enqueue_due(self._worker.connection, self._worker.queues, now_s)
         self._orphans.cancel(iso(now_s))
         self._outbox.callbacks.tick()
@@ -270,7 +271,7 @@ class Pump:
 
     def _is_over(self, candidate: Candidate) -> bool:
         """Whether it is only to be told so: it was refused, or its time has come."""
-        return candidate.prompt is None or candidate.expires_s <= self._clock.now()
+        return candidate.prompt is None or candidate.expires_s <= self.clock.now()
 
     @property
     def _open(self) -> bool:

@@ -5,7 +5,6 @@ A dead process of this machine is known at once, by its file (`life`); any other
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from common.log import logger
 from worker import life
 from worker.deliver import Outbox
 from worker.drain import Drain, in_order
-from worker.flight import Flight
+from worker.flight import Clock, Flight
 from worker.job import answer, ask
 from worker.leases import fence
 from worker.ledger import Entry, Ledger, field
@@ -36,8 +35,8 @@ _log = logger("worker.takeover")
 class Takeover:
     """What one worker does about the death of others, and of its own engine."""
 
-    def __init__(self, worker: BaseWorker, drain: Drain, outbox: Outbox, home: Path) -> None:
-        self._worker, self._drain, self._outbox, self._home = worker, drain, outbox, home
+    def __init__(self, worker: BaseWorker, drain: Drain, outbox: Outbox, home: Path, clock: Clock) -> None:
+        self._worker, self._drain, self._outbox, self._home, self._clock = worker, drain, outbox, home, clock
 
     def look(self) -> int:
         """Hand back what dead processes, and those without a sign of life, had; return how many jobs that were.
@@ -73,7 +72,8 @@ class Takeover:
                 registry = self._drain.queue(entry.queue).started_job_registry
                 pipe.zscore(registry.key, f"{entry.job_id}:{entry.execution}")
             scores = pipe.execute()
-        return [entry for entry, score in zip(started, scores, strict=True) if score is None or score < time.time()]
+        now_s = self._clock.now()
+        return [entry for entry, score in zip(started, scores, strict=True) if score is None or score < now_s]
 
     def _orphans(self, ledger: Ledger, entries: Sequence[Entry]) -> list[Flight]:
         """Return the entries as flights; one whose job is gone from RQ only leaves the ledger."""
