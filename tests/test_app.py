@@ -239,6 +239,9 @@ def test_jobs_go_on_while_redis_is_away_and_are_delivered_once(
         assert {broker.num_results(job) for job in jobs} == {1}
         assert {broker.result(job)["attempts"] for job in jobs} == {"1"}
         broker.wait_for("finished", broker.enqueue())
+        away = [line for line in worker.log.splitlines() if "redis is away" in line]
+        assert len([line for line in away if "loading" not in line and "in time" not in line]) == 1
+        assert worker.log.count("redis is back") == 1
         assert worker.stop() == 0
     finally:
         broker.redis.close()

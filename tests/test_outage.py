@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from redis import exceptions
 
-from worker.outage import explain, is_outage
+from worker.outage import Absence, explain, is_outage
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,18 @@ def test_what_is_said_does_not_quote_the_command_that_failed() -> None:
 def test_damage_and_defects_are_not_waited_for() -> None:
     assert not is_outage(exceptions.ResponseError("WRONGTYPE Operation against a key"))
     assert not is_outage(exceptions.WatchError("Watched variable changed."))
+
+
+def test_an_absence_is_told_once_per_kind_of_error_and_anew_after_the_server_was_back() -> None:
+    absence = Absence()
+    gone, closed = exceptions.ConnectionError("Error 111"), exceptions.ConnectionError("Connection closed by server.")
+    assert not absence
+    assert [absence.prolong(error) for error in (closed, gone, gone)] == [True, False, False]
+    assert absence
+    assert absence.pausing
+    refused = exceptions.AuthenticationError("invalid password")
+    assert [absence.prolong(error) for error in (refused, gone, refused)] == [True, False, False]
+    absence.end()
+    assert not absence
+    assert not absence.pausing
+    assert absence.prolong(gone)

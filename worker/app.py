@@ -256,9 +256,9 @@ class BatchWorker(BaseWorker):
 
     def _pubsub_exception_handler(self, exc: Exception, *_: object) -> None:
         """Keep listening for commands, whatever comes: RQ's thread would end on a timeout, or on a broken message."""
-        if time.monotonic() - self._deaf_at > _ONE_OUTAGE_S:
+        time.sleep(_RELISTEN_S)  # until the pump knows of an outage, and says so itself
+        if time.monotonic() - self._deaf_at > _ONE_OUTAGE_S and not (self._pump and self._pump.away):
             _log.warning("command channel failed, listening again", extra={"error": exc})
-        time.sleep(_RELISTEN_S)
         self._deaf_at = time.monotonic()
 
     def unsubscribe(self) -> None:

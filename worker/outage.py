@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from redis import exceptions
@@ -17,6 +18,8 @@ _CLASSES: Final = {
     exceptions.TimeoutError: "it does not answer in time",
     exceptions.ConnectionError: "",
 }
+_FIRST_S: Final = 0.05
+_LONGEST_S: Final = 5.0
 _WORDS: Final = {
     "MISCONF": "it cannot write its file; is the disk full?",
     "NOREPLICAS": "too few replicas are there",
@@ -37,3 +40,32 @@ def explain(error: exceptions.RedisError) -> str | None:
             return words or str(error).strip().splitlines()[0]
     said = str(error).rpartition("caused error: ")[2]  # in a pipeline, after the command
     return next((words for start, words in _WORDS.items() if said.startswith(start)), None)
+
+
+class Absence:
+    """How long to leave a server alone that is away, and what of it is worth a line in the log; true while it lasts."""
+
+    def __init__(self) -> None:
+        self._pause_s = self._until = 0.0
+        self._told: set[type[exceptions.RedisError]] = set()
+
+    def __bool__(self) -> bool:
+        return self._pause_s > 0
+
+    @property
+    def pausing(self) -> bool:
+        """Whether it is too early to try again."""
+        return time.monotonic() < self._until
+
+    def prolong(self, error: exceptions.RedisError) -> bool:
+        """Pause, longer each time; return whether the error is of a kind that nobody was told of yet."""
+        self._pause_s = min(_LONGEST_S, 2 * self._pause_s or _FIRST_S)
+        self._until = time.monotonic() + self._pause_s
+        news = type(error) not in self._told
+        self._told.add(type(error))
+        return news
+
+    def end(self) -> None:
+        """It is back."""
+        self._pause_s = self._until = 0.0
+        self._told.clear()

@@ -28,7 +28,7 @@ from worker.flight import Clock, Flight, iso
 from worker.ledger import Ledger
 from worker.metrics import Jobs, Metrics
 from worker.orphans import Orphans
-from worker.outage import explain
+from worker.outage import Absence, explain
 from worker.sequence import Died, Event, Finished, Ready
 from worker.shelf import Shelf
 from worker.suspects import RECORD_TOKENS, may_join
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 TICK_S = 0.05
 POLL_S = 0.5  # cancelled jobs, `rq suspend`
 BEAT_S = 10.0  # well inside the lease
-BACKOFF_S = 5.0
 BATCH = 16  # jobs started, and results written, between two looks at the engine
 
 _log = logger("worker.pump")
@@ -54,6 +53,7 @@ class Pump:
     """Everything between RQ's loop and the engine, for one worker process.
 
     Attributes:
+        away: Redis is, as far as we know.
         clock: the server's time, as of the last renewal.
         flights: what runs, by execution, until its result is delivered.
         error: why it ended, unless it was asked to.
@@ -74,7 +74,8 @@ class Pump:
         self._stops: SimpleQueue[str] = SimpleQueue()
         self._ready = self._suspended = self._stopping = self._hurry = self._crashed = False
         self._alone, self._decoded_before = "", 0
-        self._stopping_since = self._away_until = self._away_s = 0.0
+        self._stopping_since = 0.0
+        self.away = Absence()
         self._active_at = time.monotonic()
         self.flights: dict[str, Flight] = {}
         self._suspects: list[tuple[Flight, bool]] = []  # of which the scout died; by itself?
@@ -200,7 +201,7 @@ class Pump:
         if self._stopping:
             late = time.monotonic() - self._stopping_since > self._settings.drain_s
             return not self.flights or self._hurry or late
-        if self.flights or self._away_s or self._drain.unsure:
+        if self.flights or self.away or self._drain.unsure:
             return False
         if max_jobs is not None and self.started >= max_jobs:
             return True
@@ -284,7 +285,7 @@ class Pump:
 
     def _backlog(self, max_jobs: int | None) -> bool:
         """Whether there is more to do with Redis at once."""
-        return not self._away_s and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
+        return not self.away and (self._outbox.waits or bool(self._offers and self._due(max_jobs)))
 
     def _launch(self, candidate: Candidate, flight: Flight, stored: Mapping[str, memoryview]) -> None:
         self.flights[flight.id] = flight
@@ -361,7 +362,7 @@ class Pump:
 
     def _with_redis(self, exchange: Callable[[], None]) -> None:
         """Do it unless Redis is away; then try again after a while. The engine goes on meanwhile."""
-        if time.monotonic() < self._away_until:
+        if self.away.pausing:
             return
         try:
             exchange()
@@ -369,15 +370,14 @@ class Pump:
             reason = explain(error)
             if reason is None:
                 raise
-            _log.error("redis is away, going on without", extra={"reason": reason, "running": len(self.flights)})
+            if self.away.prolong(error):
+                _log.error("redis is away, going on without", extra={"reason": reason, "running": len(self.flights)})
             self._scout.want(0)
             self._beat.hasten()  # it is back when it takes a write
-            self._away_s = min(BACKOFF_S, 2 * self._away_s or TICK_S)
-            self._away_until = time.monotonic() + self._away_s
         else:
-            if self._away_s:
+            if self.away:
                 _log.warning("redis is back", extra={"undelivered": len(self.flights)})
-            self._away_s = 0.0
+                self.away.end()
 
 
 class _Every:

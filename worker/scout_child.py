@@ -22,7 +22,7 @@ from common.errors import BrokerUnavailable, ModelNotLoaded, RadixqError
 from common.settings import Settings
 from worker.alarm import Alarm
 from worker.diary import Diary
-from worker.outage import is_outage
+from worker.outage import explain, is_outage
 from worker.prepare import try_out
 from worker.scout import NOT_OURS, POLL_S, Order, Task
 from worker.watch import TRYING
@@ -131,9 +131,10 @@ class _Child:
         if not self._away:
             self._window.fetch()
 
-    def _back_off(self, error: Exception) -> None:
-        if not self._away:
-            _log.warning("redis is away", extra={"reason": type(error).__name__})
+    def _back_off(self, error: redis.RedisError) -> None:
+        """Wait for the server; of any other outage than this the worker itself knows, and tells."""
+        if not self._away and isinstance(error, redis.exceptions.NoPermissionError):
+            _log.warning("redis refuses what reading the queues takes", extra={"reason": explain(error)})
         self._away = True
         self._look_at = time.monotonic() + _BACKOFF_S
 
