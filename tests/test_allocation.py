@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.messages import Sampling
-from tests.engines import Bench, alone, bench, prompt
+from tests.engines import Bench, alone, bench, examples, prompt
 from tests.models import endless
 from worker.kv import Batch, Path
 from worker.sequence import Event, Finished, Prompt
@@ -172,3 +173,37 @@ def test_jobs_that_end_in_a_step_after_which_nothing_can_be_given_up_have_ended(
     stats = run.engine.stats()
     assert stats.completion_tokens == 5 * 20 + 3, "nobody ran twice"
     assert stats.decoded_tokens <= 6 * 20
+
+
+@pytest.mark.parametrize("seed", range(examples(3)))
+def test_jobs_of_all_lengths_in_little_memory_that_runs_out_at_random_end_once_with_their_own_answers(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    roots = [[rng.randrange(290) for _ in range(size)] for size in (0, 20, 150)]
+    prompts = dict[str, Prompt]()
+    for number in range(14):
+        root, own = rng.choice(roots), [rng.randrange(290) for _ in range(rng.randint(1, rng.choice([3, 90])))]
+        prompts[str(number)] = prompt([*root, *own], rng.randint(1, 30), [len(root)] if root else [])
+    longest = max(len(job.tokens) + job.max_tokens for job in prompts.values())
+    run = bench(endless(), alone=endless(), max_rows=rng.choice([3, 8]), kv_bytes=3 * longest * 512)
+    plain, failures = mx.eval, 0
+
+    def evaluate(*arrays: Any) -> None:
+        nonlocal failures
+        if failures < 4 and rng.random() < 0.03:
+            failures += 1
+            raise FULL
+        plain(*arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", evaluate)
+        run.run(prompts, seed=seed)
+    assert failures
+    assert run.ended.keys() == prompts.keys()
+    for job_id, event in run.ended.items():
+        if isinstance(event, Finished):
+            job = prompts[job_id]
+            assert list(event.tokens) == alone(run.alone, job.tokens, job.max_tokens)[0], job_id
+    assert sum(isinstance(event, Finished) for event in run.ended.values()) >= len(prompts) // 2
+    assert run.engine.cache.tree.root.pins == run.engine._running.batch.nbytes == 0

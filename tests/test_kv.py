@@ -144,6 +144,15 @@ def test_what_is_dropped_from_the_front_leaves_the_rest_in_place() -> None:
     assert batch.offset.tolist() == [5, 5]
 
 
+def test_a_row_whose_tail_has_gone_to_the_tree_in_part_comes_to_fewer_columns() -> None:
+    batch, other = opened(0), opened(1)
+    feed(other, 5, 1)
+    batch.join(other, [8])
+    batch.drop_front(0, 3)
+    batch.shrink()
+    assert batch.nbytes == 5 * 2 * LAYERS * N * D * 4
+
+
 def test_a_segment_that_several_rows_read_is_planned_once_and_the_saving_counted() -> None:
     shared, own = kv(200, 0), kv(30, 1)
     batch = Batch(LAYERS)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.engines import examples
-from worker.buckets import GROWTH, MOST_BUCKETS
-from worker.kv import KV, Batch, Path
+from worker.buckets import GROWTH, MOST_BUCKETS, cells, most_cells
+from worker.kv import KV, Batch, Path, _shared_tokens
 
 LAYERS = 2
 NEVER = 1 << 30
@@ -109,6 +109,7 @@ class Life:
 
     def join(self) -> None:
         left, self.calls_left = self.calls_left, NEVER
+        self.end()
         batch, rows, limits = self.newcomers()
         self.calls_left = left
         roomy = self.rng.random() < 0.5
@@ -136,10 +137,14 @@ class Life:
             self.rows[row] = self.rows[row][count:]
             self.limits[row] -= count
 
-    def decode(self) -> None:
+    def end(self) -> None:
+        """Let rows leave that have come to their limit."""
         for number in reversed(range(len(self.rows))):
             if len(self.rows[number]) >= self.limits[number]:
                 self.leave(number)
+
+    def decode(self) -> None:
+        self.end()
         if not self.rows:
             return
         new = self.fresh(len(self.rows))
@@ -152,6 +157,7 @@ class Life:
 
     def spoil(self) -> None:
         """Decode a row to what is not finite; rows that end in that step leave around it, the last first."""
+        self.end()
         if len(self.rows) < 2:
             return
         count = len(self.rows)
@@ -176,7 +182,13 @@ class Life:
             self.rows, self.limits = [], []
 
     def step(self) -> None:
-        self.rng.choice(self.doings)()
+        before, planned, doing = cells(self.batch._tails.buckets), self.planned(), self.rng.choice(self.doings)
+        doing()
+        assert cells(self.batch._tails.buckets) <= max(before, planned, self.planned()), doing
+
+    def planned(self) -> int:
+        """Return the cells that are reserved for rows."""
+        return most_cells(self.limits, _shared_tokens(self.batch.paths), roomy=self.batch.roomy)
 
     def check(self) -> None:
         """Compare what is held with what should be."""

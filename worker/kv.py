@@ -255,6 +255,7 @@ class Batch:
         """Forget the first `count` tokens of a row's tail; `set_path` must say who holds them now."""
         self._tails.drop_front(row, count, self.lengths[row])
         self.lengths[row] -= count
+        self._limits[row] -= count
 
     def wipe(self, row: int) -> None:
         """Zero a row's tail: a NaN left in a column would reach the next row there through its mask (0 * NaN)."""
