@@ -186,8 +186,6 @@ def _part(
             whole = len(lines) == len(bucket)
             own.append(Own(number, None if whole else mx.array(lines), None if in_order else mx.array(numbers)))
             order += numbers
-    pick, back = (
-        mx.array(rows) if len(rows) < num_rows else None,
-        _sorting(order) if order != sorted(order) or len(own) > 1 else None,
-    )
+    pick = mx.array(rows) if len(rows) < num_rows else None
+    back = _sorting(order) if len(own) > 1 or order != sorted(order) else None
     return Part(form, tuple(rows), pick, plan, own, back)
