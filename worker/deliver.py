@@ -88,11 +88,15 @@ class Outbox:
     def flush(self, most: int) -> Iterator[Flight]:
         """Deliver as many results, those without consequences in one script; yield each flight that is done with.
 
+        Pictures are released by a script of their own, which cannot run inside another.
+
         Raises:
             redis.exceptions.RedisError: nothing was lost; go on later.
         """
         first = list(itertools.islice(self._waiting, most))
-        for flight in self._succeed_together([flight for flight in first if flight.error is None]):
+        for flight in self._succeed_together(
+            [flight for flight in first if flight.error is None and not flight.digests]
+        ):
             self._waiting.remove(flight)
             first.remove(flight)
             yield flight
