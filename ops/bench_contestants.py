@@ -30,7 +30,7 @@ from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noq
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
-from worker import hook, model  # noqa: E402
+from worker import crossover, hook, model  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.group import Plan, Waiting  # noqa: E402
@@ -183,10 +183,13 @@ class Ours(Stock):
         self.loaded = model.load(directory, dtype="stored", device=platform.device())
         self.tokenizer, self.ends = self.loaded.tokenizer, self.loaded.eos_token_ids
         hook.install(self.loaded.model)
+        shape = crossover.head_shape(self.loaded.model)  # as the worker measures it when it loads a model
+        self.measured = crossover.measure(shape, budget_s=crossover.BUDGET_S) if shape else crossover.UNMEASURED
 
     def run(self, jobs: list[Job], workload: Workload, outcome: Outcome) -> None:
         """Run all jobs."""
-        engine = Engine(self.loaded, Limits(workload.rows, CHUNK_TOKENS, KV_BYTES), exact=False)
+        limits = Limits(workload.rows, CHUNK_TOKENS, KV_BYTES)
+        engine = Engine(self.loaded, limits, exact=False, crossover=self.measured)
         plan, sampling = Plan(), Sampling(temperature=0.0, max_tokens=workload.answer)
         plan.add(Waiting(str(i), np.array(job.tokens, np.int32)) for i, job in enumerate(jobs))
         done: dict[int, Finished] = {}

@@ -34,8 +34,8 @@ BUDGET_S = 1.0  # for all measurements; what does not fit goes by the nearest th
 POINT_S, MIN_RUNS, MAX_RUNS = 0.05, 2, 8  # as many runs as fit into this time, within bounds
 TAIL_TOKENS = 64
 DECODE = [(1, 1, 64), (4, 1, 64), (1, 1, 512), (16, 1, 64), (4, 1, 512), (1, 1, 2048), (16, 1, 512), (4, 1, 2048)]
-PREFILL = [(1, 64, 512), (1, 64, 2048), (1, 128, 0)]
-OWN_TOKENS = 1024  # of a row that prefills without a segment
+PREFILL = [(1, 64, 0), (1, 64, 512), (1, 64, 2048)]
+OWN_TOKENS = 512  # of a row that prefills without a segment
 _ERROR = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}  # of values of about 1
 
 log = logger("worker.crossover")
