@@ -183,8 +183,7 @@ class Ours(Stock):
         self.loaded = model.load(directory, dtype="stored", device=platform.device())
         self.tokenizer, self.ends = self.loaded.tokenizer, self.loaded.eos_token_ids
         hook.install(self.loaded.model)
-        shape = crossover.head_shape(self.loaded.model)  # as the worker measures it when it loads a model
-        self.measured = crossover.measure(shape, budget_s=crossover.BUDGET_S) if shape else crossover.UNMEASURED
+        self.measured = crossover.measured(self.loaded.model)
 
     def run(self, jobs: list[Job], workload: Workload, outcome: Outcome) -> None:
         """Run all jobs."""

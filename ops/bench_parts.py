@@ -294,7 +294,8 @@ def _engine(size: Size) -> Engine:
         context_length=32_768, vocab_size=1000, cache_kind="plain", eos_token_ids=frozenset(), notes=(),
     )  # fmt: skip
     hook.install(loaded.model)
-    return Engine(loaded, Limits(32, CHUNK_TOKENS, KV_BYTES), exact=False)
+    measured = crossover.measured(loaded.model)
+    return Engine(loaded, Limits(32, CHUNK_TOKENS, KV_BYTES), exact=False, crossover=measured)
 
 
 def _prefix(size: Size, dtype: Any = mx.float32) -> list[tuple[Any, Any]]:

@@ -29,7 +29,7 @@ from common import pictures  # noqa: E402
 from common.messages import GenerateJob  # noqa: E402
 from common.settings import Settings  # noqa: E402
 from tests.vision_models import save_tiny_vision  # noqa: E402
-from worker import model  # noqa: E402
+from worker import crossover, hook, model  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.prepare import prepare  # noqa: E402
@@ -88,6 +88,8 @@ class Work:
         self.seen = _counted(self.theirs.vision_tower)
         self.path = str(path)
         self.loaded = model.load(self.path, dtype="float32", device=platform.device())
+        hook.install(self.loaded.model)
+        self.measured = crossover.measured(self.loaded.model)
 
     def one_by_one(self) -> Outcome:
         """Run mlx-vlm's own generation for each job alone: the texts that count as right."""
@@ -116,7 +118,8 @@ class Work:
 
     def ours(self) -> Outcome:
         """Run radixq's engine, the pictures read as the scout reads them."""
-        engine = Engine(self.loaded, Limits(ROWS, CHUNK_TOKENS, KV_BYTES, picture_bytes=1 << 28), exact=False)
+        limits = Limits(ROWS, CHUNK_TOKENS, KV_BYTES, picture_bytes=1 << 28)
+        engine = Engine(self.loaded, limits, exact=False, crossover=self.measured)
         for number, prompt in enumerate(self._prompts()):
             engine.add(str(number), prompt)
         ended: dict[str, Finished] = {}

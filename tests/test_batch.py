@@ -89,6 +89,17 @@ def test_every_node_of_a_tree_is_held_once_whatever_reads_it(held_bytes: Callabl
     assert sum(len(s.rows) for s in read) == 16 * 4
 
 
+def test_rows_that_stay_keep_no_buffer_alive_in_which_others_lay(held_bytes: Callable[[], int]) -> None:
+    before, shared = held_bytes(), Path([(kv(2000), 2000)])
+    batch = filled([shared] * 8, 300)
+    batch.trim([20] + [300] * 7)
+    for row in reversed(range(1, 8)):
+        batch.leave(row)
+    batch.shrink()
+    batch.evaluate()
+    assert held_bytes() - before == pytest.approx(2000 * PER_TOKEN + batch.nbytes, rel=0.01)
+
+
 def allocated(held_bytes: Callable[[], int], work: Callable[[], None]) -> int:
     """Return the most bytes that work needed beside what was held: what it copied, and what it made anew."""
     before = held_bytes()

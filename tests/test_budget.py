@@ -171,7 +171,7 @@ def test_a_planned_queue_keeps_its_full_hit_rate_at_the_budget_it_needs(
     assert ran.computed == 1.0
     assert ran.counted <= 1.05
     assert ran.held <= 1.05
-    assert ran.allocated <= 1.4  # with what calls compute on the way, which is much beside so little KV
+    assert ran.allocated <= 1.2  # with what calls compute on the way, which is much beside so little KV
     assert ran.rows >= running
 
 

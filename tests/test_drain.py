@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_the_time_that_the_producer_wrote_is_kept(
     (flight,) = take(drain, jobs)
     assert result(redis, jobs[0])["submitted_at"] == "2026-01-02T03:04:05.678Z"
     assert flight.submitted_at == pytest.approx(1767323045.678)
+
+
+@pytest.mark.parametrize("says", ["the record", "RQ"])
+def test_a_job_was_submitted_before_it_started_also_where_its_producers_clock_is_ahead(
+    says: str, drain: Drain, redis: Redis, enqueue: Callable[..., list[Job]]
+) -> None:
+    jobs = enqueue(1)
+    if says == "RQ":
+        redis.hset(jobs[0].key, "enqueued_at", "2126-01-02T03:04:05.000000Z")
+    else:
+        redis.hset(keys.result(jobs[0].id), "submitted_at", "2126-01-02T03:04:05.678Z")
+    (flight,) = take(drain, jobs)
+    assert flight.submitted_at == flight.started_at == pytest.approx(time.time(), abs=60)
 
 
 def test_a_job_that_another_worker_took_is_not_taken_again(

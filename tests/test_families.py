@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx_lm.models
@@ -23,6 +24,7 @@ from worker.engine import Engine
 from worker.model import LoadedModel, load
 from worker.sequence import Finished, Prompt
 
+ONE_OF_EACH_KIND = ("llama", "phi3", "gpt_neox", "deepseek_v3", "jamba", "gemma3_text")
 ROOT, BRANCH = WINDOW + 9, WINDOW  # tokens: a prefix is longer than a window, and so is what follows it
 
 
@@ -106,6 +108,22 @@ def test_under_pressure_every_way_of_reuse_waits_and_all_jobs_finish_unchanged(n
     for job_id, job in prompts.items():
         tokens, logprobs = alone(bench.alone, job.tokens, job.max_tokens)
         first_difference_is_a_tie(job_id, list(finished[job_id].tokens), tokens, logprobs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long])
+        for name in RUNNING
+    ],
+)
+def test_the_kv_of_a_family_is_counted_as_what_the_allocator_holds(name: str, held_bytes: Callable[[], int]) -> None:
+    """Keys and values may be views of one product, which must not live on with them."""
+    bench = family_bench(name, chunk_tokens=512)
+    bench.watched.engine = None  # keep no logits
+    before = held_bytes()
+    assert len(bench.run(tree(np.random.default_rng(0), jobs=3))) == 3
+    assert held_bytes() - before <= 1.02 * bench.engine.stats().cache_bytes + 4096
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def test_planning_jobs_costs_a_small_part_of_tokenising_them() -> None:
             plan.remove([choice.id for choice in plan.next(4)])
         return time.process_time() - began
 
-    assert min(plan_all() for _ in range(3)) < tokenising / 5  # alone on the machine a hundredth
+    assert min(plan_all() for _ in range(20)) < tokenising / 10  # alone on the machine a thirtieth
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["all known", "more to come"])

@@ -206,9 +206,9 @@ def _own(queries: mx.array, private: Private, scale: float) -> tuple[mx.array, P
         _partial(grouped if rows is None else grouped[rows], k, v, mask if order is None else order, scale)
         for k, v, mask, rows in private.tails
     ]
-    return grouped, parts[0] if private.back is None else Partial(
-        *(mx.concatenate(list(x))[private.back] for x in zip(*parts, strict=True))
-    )
+    if private.back is None:
+        return grouped, parts[0]
+    return grouped, Partial(*(mx.concatenate(list(x))[private.back] for x in zip(*parts, strict=True)))
 
 
 def _follow(length: int) -> mx.array:
@@ -263,14 +263,11 @@ def _partial(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
     A block's scores are read five times: on the CPU they should not leave its caches between.
     """
     columns = keys.shape[2]
-    open_to_all = columns - (0 if mask is None else mask.shape[-1])
+    masked = columns - (0 if mask is None else mask.shape[-1])  # from here on
     size = max(_LEAST_COLUMNS, _MOST_SCORES // math.prod(queries.shape[:3]))
-    starts = [*range(0, open_to_all, size), *range(open_to_all, columns, size), columns]
     blocks = []
-    for start, stop in pairwise(starts):
-        sees = (
-            mask[..., start - open_to_all : stop - open_to_all] if mask is not None and start >= open_to_all else None
-        )
+    for start, stop in pairwise([*range(0, masked, size), *range(masked, columns, size), columns]):
+        sees = None if mask is None or start < masked else mask[..., start - masked : stop - masked]
         blocks.append(_block(queries, keys[:, :, start:stop], values[:, :, start:stop], sees, scale))
     return reduce(_merge, blocks)
 

@@ -62,15 +62,18 @@ class Room:
         own, rows = sum(needed), len(needed)
         self.roomy = roomy
         self._rows, self._longest = rows, max(needed) // 16 + 2 * GROWTH
-        self._strict = shared > own or not roomy
-        self._free = self._longest * rows
         if not roomy:
             self._free = int(TIGHT * own)
         elif shared:
             self._free = int(FREE * (shared + own))
-        self.beside = int(0.75 * self._free if self._strict else ROOMY * own)
-        self.most = max(self._free, self.beside + GROWTH * rows)
-        if not self._strict:
+        else:
+            self._free = self._longest * rows
+        self._strict = shared > own or not roomy
+        if self._strict:
+            self.beside = int(0.75 * self._free)
+            self.most = max(self._free, self.beside + GROWTH * rows)
+        else:
+            self.beside = int(ROOMY * own)
             self.most = self.beside + self.beside // 4 + max(self._free, GROWTH * rows)
 
     def growth(self, beside: int) -> int:

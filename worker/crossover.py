@@ -149,6 +149,12 @@ def head_shape(model: Any) -> HeadShape | None:
     return max(seen, key=seen.count, default=None)
 
 
+def measured(model: Any) -> Crossover:
+    """Measure for a hooked model's heads now, as `at_load` does where nobody did before."""
+    shape = head_shape(model)
+    return measure(shape, budget_s=BUDGET_S) if shape else UNMEASURED
+
+
 def measure(shape: HeadShape, *, budget_s: float) -> Crossover:
     """Time every form at sizes of growing cost, until the budget is spent."""
     until, points = time.perf_counter() + budget_s, list[Point]()

@@ -222,7 +222,7 @@ class Drain:
         flight.job = self.restore(flight.job, answer(raw))
         flight.error = flight.error or _unsupported(flight.job)
         flight.attempts = int(attempts)
-        flight.submitted_at = _parse(kept[0], flight.started_at)
+        flight.submitted_at = min(_parse(kept[0], flight.started_at), flight.started_at)
         flight.history = history.History.read(kept[1:])
         flight.suspicion = Suspicion.parse(suspicion)
         timeout = flight.job.timeout or Queue.DEFAULT_TIMEOUT
@@ -235,7 +235,7 @@ class Drain:
             return
         with self._connection.pipeline() as pipe:
             for flight in flights:
-                flight.submitted_at = enqueued_at(flight.job)
+                flight.submitted_at = min(enqueued_at(flight.job), flight.started_at)
                 pipe.hsetnx(keys.result(flight.job.id), "submitted_at", iso(flight.submitted_at))
             pipe.execute()
 

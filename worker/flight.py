@@ -62,7 +62,8 @@ class Flight:
     """One execution of a job, from its start until its result is in Redis.
 
     Attributes:
-        submitted_at, started_at: seconds since the epoch by the server's clock.
+        submitted_at, started_at: seconds since the epoch by the server's clock; in this order, even where a producer's
+            clock is ahead.
         deadline: `time.monotonic()` at which the job has run for its timeout.
         status: RQ's status of the job when it was last looked at; None: RQ has no such job.
         stopped: someone asked RQ to stop it.

@@ -131,7 +131,7 @@ class Tails:
             for target, added in zip(pair, new, strict=True):
                 own = added if place.pick is None else added[place.pick]
                 if place.lines is None:
-                    target[: place.num_rows, :, place.start : place.stop] = own
+                    _assign(target, slice(place.num_rows), slice(place.start, place.stop), own)
                 else:
                     target[place.lines, :, place.columns] = own[:, :, 0]
 
@@ -250,7 +250,7 @@ def _fill(target: Pair, first: int, sources: Sequence[tuple[Pair, int] | None]) 
     for to, pair, line, count in runs:
         columns = min(pair[0].shape[2], target[0].shape[2])
         for x, y in zip(target, pair, strict=True):
-            x[to : to + count, :, :columns] = y[line : line + count, :, :columns]
+            _assign(x, slice(to, to + count), slice(columns), y[line : line + count, :, :columns])
 
 
 def _without(held: Bucket, row: int, last: int) -> Bucket:
@@ -265,6 +265,11 @@ def _without(held: Bucket, row: int, last: int) -> Bucket:
 def _before(held: Bucket, first: int) -> Bucket:
     """Return a bucket without the rows from `first` on, which came last."""
     return Bucket(tuple(row for row in held.rows if row < first), held.lines, held.columns)
+
+
+def _assign(x: mx.array, lines: slice, columns: slice, new: mx.array) -> None:
+    """Write into a buffer. To assign all of it makes MLX take `new` in its place, with what `new` is a view of."""
+    x[lines, :, columns] = detached(new, 0, new.shape[2]) if new.shape == x.shape else new
 
 
 def _put(moves: Iterable[tuple[mx.array, int, mx.array]]) -> None:
