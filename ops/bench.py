@@ -141,10 +141,12 @@ class Bench:
         outcomes: dict[str, list[dict[str, Any]]] = {}
         with ExitStack() as stack:
             children: dict[str, Child] = {}
-            for name in names:
-                children[name] = self.child(name, "bench_contestants.py", name, workload.name, directory)
-                stack.callback(children[name].close)
-            ready = [told for child in children.values() if (told := self._try(child.answer))]
+            ready: list[dict[str, Any]] = []
+            for name in names:  # one after the other: some measure the machine when they start
+                child = children[name] = self.child(name, "bench_contestants.py", name, workload.name, directory)
+                stack.callback(child.close)
+                if told := self._try(child.answer):
+                    ready.append(told)
             for number in range(runs):
                 for name in _turn(names, number):
                     if number and (name in workload.once or name not in outcomes):

@@ -1,8 +1,8 @@
 """What the queue costs: `python ops/bench_queue.py DIRECTORY QUICK`, with the directory of a model that is almost free.
 
 Prints one JSON object. Jobs per second are those of a full queue and a worker that has started and whose engine does
-nothing, in turn with RQ's own SimpleWorker and a function that does nothing. Latencies are wall clock on loopback with
-an idle worker and a tiny model.
+nothing, in turn with RQ's own SimpleWorker and a function that does nothing. Latencies are wall clock on loopback, job
+by job in turn between an idle worker with a tiny model and an idle SimpleWorker.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from common import keys
 from producer import submit, submit_many
 
 OURS, STOCK = "bench_noop.NoopWorker", "rq.SimpleWorker"
+STOCK_QUEUE = "stock"
 BLOCK_MS = 2000  # less than the client's own patience
 PAUSES_S = tuple(0.01 * number for number in range(7))  # between two jobs: not in step with the worker's own rhythm
 
@@ -45,25 +46,47 @@ def main() -> None:
 
 
 def _overhead(whole: Whole, times: int) -> dict[str, Any]:
-    """Time from submit to a readable result, less what the engine took.
-
-    The result and RQ's stream entry are written in one transaction, so waiting for that entry needs no polling, which
-    would take a core from those who are measured.
-    """
+    """Milliseconds from submit to a readable result, beside those of RQ's own worker with nothing to do."""
     whole.wait_ready()
-    spent = []
+    whole.start_worker(worker_class=STOCK, queue=STOCK_QUEUE)
+    ways = {"radixq": _one, "rq_simple_worker": _one_stock}
+    spent: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(times + 3):
-        time.sleep(PAUSES_S[number % len(PAUSES_S)])
-        began = time.perf_counter()
-        ticket = submit(prompt="t1 t2 t3", max_tokens=2, temperature=0.0)
-        while not whole.redis.xread({f"rq:results:{ticket.id}": "0-0"}, block=BLOCK_MS):
-            pass
-        total = (time.perf_counter() - began) * 1e3
-        status, *engine = whole.redis.hmget(keys.result(ticket.id), "status", "prefill_ms", "decode_ms")
-        assert status == "finished", ticket.id
-        spent.append(total - sum(map(float, engine)))
-    p10, p50, p99 = (float(x) for x in np.percentile(spent[3:], [10, 50, 99]))
-    return {"size": f"{times} jobs, one at a time", "overhead_ms": {"p10": p10, "p50": p50, "p99": p99}}
+        for name, way in ways.items():
+            time.sleep(PAUSES_S[number % len(PAUSES_S)])
+            spent[name].append(way(whole))
+    found = {
+        name: dict(zip(("p10", "p50", "p99"), map(float, np.percentile(all_[3:], [10, 50, 99])), strict=True))
+        for name, all_ in spent.items()
+    }
+    return {"size": f"{times} jobs, one at a time", "overhead_ms": found}
+
+
+def _one(whole: Whole) -> float:
+    """Run a job; what the engine took is not counted."""
+    began = time.perf_counter()
+    ticket = submit(prompt="t1 t2 t3", max_tokens=2, temperature=0.0)
+    total = _until_readable(whole, ticket.id) - began
+    status, *engine = whole.redis.hmget(keys.result(ticket.id), "status", "prefill_ms", "decode_ms")
+    assert status == "finished", ticket.id
+    return total * 1e3 - sum(map(float, engine))
+
+
+def _one_stock(whole: Whole) -> float:
+    began = time.perf_counter()
+    job = Queue(STOCK_QUEUE, connection=whole.redis).enqueue(operator.not_, 1)
+    return (_until_readable(whole, job.id) - began) * 1e3
+
+
+def _until_readable(whole: Whole, job_id: str) -> float:
+    """Return when a result was there.
+
+    It and RQ's stream entry are written in one transaction, so waiting for that entry needs no polling, which would
+    take a core from those who are measured.
+    """
+    while not whole.redis.xread({f"rq:results:{job_id}": "0-0"}, block=BLOCK_MS):
+        pass
+    return time.perf_counter()
 
 
 def _fill(whole: Whole, count: int) -> None:

@@ -211,9 +211,13 @@ def _queue(figures: Figures) -> list[str]:
         f"{speed['radixq']:.0f} jobs/s with an engine that does nothing (goal: 600), {cpu['radixq']:.2f} CPU ms each",
         f"RQ's SimpleWorker beside it: {speed['rq_simple_worker']:.0f} jobs/s, {cpu['rq_simple_worker']:.2f} CPU ms; "
         f"{figures['times_simple_worker']:.2f} times",
-        f"submit to readable result, less the engine: p10 {spent['p10']:.1f}, p50 {spent['p50']:.1f}, "
-        f"p99 {spent['p99']:.1f} ms (goal: p50 within 5)",
+        f"submit to readable result, less the engine: {_percentiles(spent['radixq'])} ms (goal: p50 within 5)",
+        f"RQ's SimpleWorker beside it, nothing to do: {_percentiles(spent['rq_simple_worker'])} ms",
     ]
+
+
+def _percentiles(of: Figures) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in of.items())
 
 
 _SENTENCES = {"slice": _slice, "latency": _latency, "queue": _queue}

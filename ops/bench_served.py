@@ -99,12 +99,14 @@ class Whole:
             "RADIXQ_HOME": str(self._home), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'ops'}", **settings,
         }  # fmt: skip
 
-    def start_worker(self, *options: str, worker_class: str = "worker.BatchWorker") -> subprocess.Popen[bytes]:
-        """Start `rq worker` on the default queue."""
+    def start_worker(
+        self, *options: str, worker_class: str = "worker.BatchWorker", queue: str = keys.DEFAULT_QUEUE
+    ) -> subprocess.Popen[bytes]:
+        """Start `rq worker` on a queue."""
         with (self._home / "worker.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "rq.cli", "worker", "--worker-class", worker_class, *options]
-                + ["-u", self.broker.url, keys.DEFAULT_QUEUE],
+                + ["-u", self.broker.url, queue],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment,
                 process_group=self._tether.group,
             )  # fmt: skip

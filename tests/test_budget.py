@@ -14,7 +14,7 @@ import pytest
 
 from common.messages import Sampling
 from tests.effort import lines_run
-from tests.engines import alone, bench, prompt
+from tests.engines import alone, bench, examples, prompt
 from tests.models import endless, tiny
 from tests.test_families import family_bench
 from tests.test_families import tree as tree_of_turns
@@ -173,6 +173,30 @@ def test_a_planned_queue_keeps_its_full_hit_rate_at_the_budget_it_needs(
     assert ran.held <= 1.05
     assert ran.allocated <= 1.2  # with what calls compute on the way, which is much beside so little KV
     assert ran.rows >= running
+
+
+@pytest.mark.usefixtures("_patient")
+@pytest.mark.parametrize("seed", range(examples(3)))
+def test_between_two_steps_the_allocator_holds_what_is_counted(seed: int, held_bytes: Callable[[], int]) -> None:
+    """Whatever rows join, leave and share: what is not computed yet, or is a view, must not keep more alive."""
+    rng, draw = random.Random(seed), np.random.default_rng(seed)
+    run = bench(
+        tiny(**HEAVY), alone=None, max_rows=rng.choice([2, 5, 9]), chunk_tokens=rng.choice([16, 64, 512]),
+        kv_bytes=8192 * rng.choice([1500, 4000]),
+    )  # fmt: skip
+    run.watched.engine = None  # keep no logits
+    engine, before = run.engine, held_bytes()
+    system = draw.integers(0, 290, 60)
+    documents = [np.concatenate([system[: rng.choice([0, 60])], draw.integers(0, 290, 100)]) for _ in range(4)]
+    for number in range(16):
+        text = np.concatenate([rng.choice(documents), draw.integers(0, 290, rng.randint(1, 60))]).astype(np.int32)
+        engine.add(str(number), Prompt(text, Sampling(max_tokens=rng.randint(1, 20))))
+    while engine.busy:
+        engine.step()
+        if rng.random() < 0.1:
+            engine.abort(str(rng.randrange(16)))
+        if rng.random() < 0.4:
+            assert held_bytes() - before <= engine.stats().cache_bytes + 5 * 8192
 
 
 @pytest.mark.slow

@@ -116,8 +116,9 @@ def test_every_form_is_measured_on_this_machine(dtype: str) -> None:
     assert found(8, 1, 1000) in FORMS
 
 
-def test_a_budget_that_is_spent_ends_the_measuring_with_at_least_one_point() -> None:
-    assert len(measure(SMALL, budget_s=0.0).points) == 1
+def test_a_budget_that_is_spent_ends_the_measuring_with_a_point_of_each_kind() -> None:
+    kinds = [(point.new_tokens > 1, point.tokens > 0) for point in measure(SMALL, budget_s=0.0).points]
+    assert kinds == [(False, True), (True, False), (True, True)]
 
 
 def test_measuring_leaves_the_random_state_alone() -> None:

@@ -285,6 +285,7 @@ class Engine:
             joining, beside = self._coming()
             beside += self._running.demand(joining, leaving=row)
             self.cache.keep(row, batch, index, row.prefix_tokens + batch.lengths[index], beside=beside)
+            self._follow_splits()
             return []
 
         self._guarded(keep, [])  # an answer that is complete does not fail for want of memory to cache it

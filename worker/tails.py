@@ -110,6 +110,9 @@ class Tails:
                     if joining:
                         joining._layers[number] = None
                 self._layers[number] = _Layer(target, pairs)
+        if joining:
+            self.evaluate()  # else all that has joined would be held twice until the next step
+            joining.forget()
 
     def _part(self, first: int) -> None:
         """Forget the rows from `first` on, which have joined in some layers only."""
@@ -273,11 +276,12 @@ def _assign(x: mx.array, lines: slice, columns: slice, new: mx.array) -> None:
 
 
 def _put(moves: Iterable[tuple[mx.array, int, mx.array]]) -> None:
-    """Overwrite beginnings of lines. MLX copies a buffer that is read and written in one go: first evaluate."""
+    """Overwrite beginnings of lines now. MLX copies a buffer that is read and written in one go: first evaluate."""
     if moves := list(moves):
         mx.eval([line for _, _, line in moves])
     for x, number, line in moves:
         x[number : number + 1, :, : line.shape[2]] = line
+    mx.eval([x for x, _, _ in moves])
 
 
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
