@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -173,6 +175,57 @@ def test_jobs_that_end_in_a_step_after_which_nothing_can_be_given_up_have_ended(
     stats = run.engine.stats()
     assert stats.completion_tokens == 5 * 20 + 3, "nobody ran twice"
     assert stats.decoded_tokens <= 6 * 20
+
+
+def test_who_ended_in_a_step_before_no_row_could_leave_any_more_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = bench(endless(), alone=endless(), max_rows=6)
+    prompts = {str(i): prompt([i, *range(20, 40)], 3 if i in (2, 5) else 20) for i in range(6)}
+    accept, failed = run.engine._accept, list[int]()
+
+    def without_memory(tokens: list[int], finite: list[bool]) -> list[Event]:
+        ending = any(len(row.generated) + 1 == row.prompt.max_tokens for row in run.engine._running.rows)
+        if failed or not ending:
+            return accept(tokens, finite)
+        failed.append(1)
+        with monkeypatch.context() as patch:
+            failing_at(patch, 1, calls=100)
+            return accept(tokens, finite)
+
+    monkeypatch.setattr(run.engine, "_accept", without_memory)
+    run.run(prompts)
+    assert failed
+    answers(run, prompts)
+    assert run.engine.stats().completion_tokens == sum(job.max_tokens for job in prompts.values())
+
+
+def test_what_a_failed_call_had_made_is_gone_before_its_rows_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, held_bytes: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "radixq.worker.engine")  # pytest keeps what is logged, its traceback too
+    run, _ = decoding()
+    run.engine.abort(run.engine.running[0])
+    run.watched.engine = None  # keep no logits
+    engine, before, give_up, held = run.engine, held_bytes(), run.engine._give_up, list[int]()
+    plain = Batch.evaluate
+
+    def evaluate(batch: Batch) -> None:
+        plain(batch)
+        if batch is not engine._running.batch:
+            raise RuntimeError(*FULL.args)  # one that nobody keeps
+
+    def given_up(*arguments: Any) -> list[Event]:
+        held.append(held_bytes() - before)
+        return give_up(*arguments)
+
+    monkeypatch.setattr(engine, "_give_up", given_up)
+    engine.add("long", prompt([7] * 400, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "evaluate", evaluate)
+        engine._prefill()
+    assert held
+    assert held[0] < 0.1 * 400 * engine._loaded.kv_bytes_per_token
 
 
 @pytest.mark.parametrize("seed", range(examples(3)))

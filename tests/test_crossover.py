@@ -63,6 +63,12 @@ def test_prefill_and_decode_have_forms_of_their_own() -> None:
     assert both.words == "merged; alone where prompts are read"
 
 
+def test_where_no_form_could_be_measured_the_merged_form_serves_too() -> None:
+    off = Crossover((point(1, 64, copies=1.0), point(4, 64, packed=1.0)))
+    assert (off(1, 1, 64), off(4, 1, 64)) == ("merged", "packed")
+    assert off.words == "packed from 4 rows x 64 tokens, else merged"
+
+
 def test_where_nothing_was_measured_the_merged_form_serves() -> None:
     assert UNMEASURED(8, 1, 1000) == UNMEASURED(1, 512, 1000) == "merged"
     assert UNMEASURED.words == "merged"

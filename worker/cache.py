@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
 
 from common.errors import ContextLengthExceeded
 from worker.forms import Choose
@@ -195,9 +195,13 @@ class PrefixCache:
         """Return the bytes of so many tokens' KV."""
         return tokens * self._loaded.kv_bytes_per_token + self._loaded.state_bytes
 
+    def row_nbytes(self, row: Row) -> int:
+        """Return the bytes that a row alone comes to; mlx-lm's own caches grow by many tokens at a time."""
+        return self.nbytes(row.longest if self.reuse == "shared" else row.longest + KVCache.step - 1)
+
     def too_large(self, row: Row) -> ContextLengthExceeded:
         """Return the error of a job that could not run even alone."""
-        need, budget = self.nbytes(row.longest) / 1e9, self._limits.kv_bytes / 1e9
+        need, budget = self.row_nbytes(row) / 1e9, self._limits.kv_bytes / 1e9
         return ContextLengthExceeded(
             f"{len(row.prompt.tokens)} prompt tokens and up to {row.prompt.max_tokens} of answer need {need:.2f} GB of "
             f"KV; the budget is {budget:.2f} GB: lower max_tokens, or raise RADIXQ_KV_BYTES"

@@ -66,12 +66,13 @@ class Point:
     def best(self) -> str:
         """The form to use."""
         fastest = min((name for name in self.ms if name in FORMS), key=self.ms.__getitem__, default="merged")
-        return fastest if self.ms[fastest] < CLEARLY * self.ms.get("merged", math.inf) else "merged"
+        merged = self.ms.get("merged", math.inf)
+        return fastest if self.ms.get(fastest, math.inf) < CLEARLY * merged else "merged"
 
     @property
     def copies_win(self) -> bool:
         """Whether per-row copies would be clearly faster, had they nothing else against them."""
-        return self.ms.get(COPIES, math.inf) < CLEARLY * self.ms[self.best]
+        return self.ms.get(COPIES, math.inf) < CLEARLY * self.ms.get(self.best, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +249,8 @@ def at_load(model: Any, home: Path, device: str) -> Crossover:
 
 
 def _file(home: Path, device: str, shape: HeadShape) -> Path:
-    name = hashlib.sha256(json.dumps([device, asdict(shape), FIRST, DECODE, PREFILL]).encode()).hexdigest()[:16]
-    return home / "crossover" / f"{name}.json"
+    measured = json.dumps([device, asdict(shape), sorted(FORMS), FIRST, DECODE, PREFILL])
+    return home / "crossover" / f"{hashlib.sha256(measured.encode()).hexdigest()[:16]}.json"
 
 
 def _read(path: Path, device: str, shape: HeadShape) -> Crossover | None:

@@ -241,13 +241,16 @@ class Engine:
         self._stats = replace(self._stats, last_token_at=time.time())
         self._count(decode_steps=1, decoded_tokens=len(rows))
         events = self._accept(np.array(chosen).tolist(), np.array(finite).tolist())
-        if alone:
-            self._guarded(self._shrink, [])  # what ended in this step has, and rows stay where they are
+        if events or alone:
+            self._guarded(partial(self._settle, alone), [])  # what ended in this step has, and rows stay where they are
         self._count(decode_s=time.perf_counter() - began)
         return events
 
-    def _shrink(self) -> list[Event]:
-        self._running.shrink()
+    def _settle(self, alone: bool) -> list[Event]:
+        """Let go of the lines that were moved when rows left, and of their room if no others are about to take it."""
+        self._running.batch.evaluate()
+        if alone:
+            self._running.shrink()
         return []
 
     def _logits(self, rows: Sequence[Row], inputs: Tokens) -> tuple[mx.array, mx.array]:
@@ -265,6 +268,8 @@ class Engine:
     def _accept(self, tokens: list[int], finite: list[bool]) -> list[Event]:
         events: list[Event] = []
         for index in reversed(range(len(tokens))):  # a row that leaves is replaced by the last, which was seen already
+            if index >= len(self._running):
+                break  # for want of memory to let one go, all were given up
             accept = partial(self._accept_one, index, tokens[index], finite[index])
             events += self._guarded(accept, [self._running.rows[index]])
         return events
@@ -322,7 +327,8 @@ class Engine:
         except Exception as error:
             failing = list(self._intake.forming) if failing is None else failing
             log.exception("a part of a step failed", extra={"rows": len(failing)})
-            return self._failed(failing, platform.translated(error))
+            reason = platform.translated(error).with_traceback(None)
+        return self._failed(failing, reason)  # only now: a traceback keeps the arrays of the call
 
     def _failed(self, failing: list[Row], error: RadixqError) -> list[Event]:
         """Drop a failed call's arrays, give its rows another try, and free memory if that was what it lacked."""
@@ -337,6 +343,7 @@ class Engine:
                 self._intake.poison(prefix)
                 self._count(poisoned_nodes=1)
                 log.warning("a shared prefix failed", extra={"tokens": fill.width, "waiting": len(failing)})
+            del fill  # its arrays go before others are made
         others = [row for row in self._running.rows if row not in failing]
         give_up = partial(self._give_up, failing, error, company)
         events = self._guarded(give_up, [*failing, *others]) if others else give_up()

@@ -17,6 +17,7 @@ from worker.forms import MERGED, Choose, Division, Held, always
 from worker.tails import Tails, detached
 
 _ENDLESS = 1 << 32  # columns
+_TESTED = 8  # arrays at once
 
 
 class KV:
@@ -51,8 +52,9 @@ class KV:
 
 
 def all_finite(arrays: Sequence[mx.array]) -> bool:
-    """Return whether no array holds NaN or infinity."""
-    return bool(mx.all(mx.stack([mx.all(mx.isfinite(x)) for x in arrays]))) if arrays else True
+    """Return whether no array holds NaN or infinity. A few at a time: what is computed of them is large beside them."""
+    groups = (arrays[first : first + _TESTED] for first in range(0, len(arrays), _TESTED))
+    return all(bool(mx.all(mx.stack([mx.all(mx.isfinite(x)) for x in group]))) for group in groups)
 
 
 class Path:

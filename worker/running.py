@@ -57,13 +57,14 @@ class Running:
         """Return what rows hold at most from now on, with those that will join, and while they do."""
         rows = [row for row in (*self.rows, *joining) if row is not leaving]
         if self._cache.reuse != "shared":
-            all_, new = (sum(self._cache.nbytes(row.longest) for row in part) for part in (rows, joining))
+            all_, new = (sum(self._cache.row_nbytes(row) for row in part) for part in (rows, joining))
             return Need(max(all_, self.batch.nbytes + new), len(self.rows) + len(joining))
         tails = [self._cache.tail_tokens(row) for row in rows]
         whole = self._cache.nbytes(most_cells(tails, self._cache.pinned_tokens, roomy=roomy))
         prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
         lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
-        copied = whole // self._cache.num_layers  # when rows are sorted into other buckets
+        sorted_anew = whole // self._cache.num_layers  # a layer at a time
+        copied = max(sorted_anew, self._cache.nbytes(max(tails, default=0)))  # or a line, when a row leaves
         return Need(lasting, 1 + min(MOST_BUCKETS, len(rows)), max(0, before - lasting) + copied)
 
     def make_ready(self, joining: Sequence[Row], beside: Need) -> None:
@@ -99,6 +100,7 @@ class Running:
         batch.drop_front(index, moved)  # may lack the memory: only then does the row change
         self._cache.attach(row, node, end)
         batch.set_path(index, row.path())
+        batch.evaluate()  # lets go of where the rest of the tail lay
         return True
 
 

@@ -276,12 +276,11 @@ def _assign(x: mx.array, lines: slice, columns: slice, new: mx.array) -> None:
 
 
 def _put(moves: Iterable[tuple[mx.array, int, mx.array]]) -> None:
-    """Overwrite beginnings of lines now. MLX copies a buffer that is read and written in one go: first evaluate."""
+    """Overwrite beginnings of lines. MLX copies a buffer that is read and written in one go: first evaluate."""
     if moves := list(moves):
         mx.eval([line for _, _, line in moves])
     for x, number, line in moves:
         x[number : number + 1, :, : line.shape[2]] = line
-    mx.eval([x for x, _, _ in moves])
 
 
 def detached(x: mx.array, start: int, stop: int) -> mx.array:
