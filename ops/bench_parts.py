@@ -28,6 +28,7 @@ from mlx_lm.utils import _get_classes  # noqa: E402
 
 from common.messages import Sampling  # noqa: E402
 from worker import crossover, hook  # noqa: E402
+from worker.attention import Tail  # noqa: E402
 from worker.cache import Limits  # noqa: E402
 from worker.engine import Engine  # noqa: E402
 from worker.forms import FORMS, Division, always  # noqa: E402
@@ -93,7 +94,7 @@ def attend(size: Size, runs: int) -> Figures:
     }
     for name in ours:
         division = Division([([tuple(shared)], range(b))], b, always(name), 1)
-        work[name] = lambda division=division: division.attend(queries, [(*tails, None)], 0, scale=d**-0.5)
+        work[name] = lambda division=division: division.attend(queries, [Tail(*tails)], 0, scale=d**-0.5)
     right = work["copied"]()
     errors = {f"{name}_error": float(mx.max(mx.abs(work[name]() - right))) for name in ours}
     ms = medians(interleaved(work, runs))

@@ -37,7 +37,7 @@ class Marks:
         new = mx.broadcast_to(tokens[:, None, :, None].astype(mx.float32), (rows, 1, columns, 2))
         for layer in cache:
             layer.update_and_fetch(new, new)
-        self.seen = [np.array(cache[0]._batch.read(number)[0][0][:, 0, :, 0]) for number in range(len(cache))]
+        self.seen = [np.array(cache[0]._batch.read(number)[0].keys[:, 0, :, 0]) for number in range(len(cache))]
         return mx.zeros((rows, columns, 1))
 
 

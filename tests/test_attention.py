@@ -11,8 +11,8 @@ import pytest
 
 from tests.models import tiny
 from worker import attention, hook
-from worker.attention import PRODUCT_TOKENS, Layers
-from worker.forms import FORMS, Choose, Division, always
+from worker.attention import PRODUCT_TOKENS, Layers, Tail
+from worker.forms import FORMS, PLAIN, Choose, Division, always
 
 H, N, D = 8, 2, 16
 Shared = list[tuple[Layers, list[int]]]
@@ -61,7 +61,7 @@ def batch(case: str, length: int) -> tuple[mx.array, mx.array, mx.array, Shared,
 
 def attend(choose: Choose, q: mx.array, k: mx.array, v: mx.array, shared: Shared, mask: mx.array | None) -> mx.array:
     division = Division(shared, q.shape[0], choose, q.shape[2])
-    return division.attend(q, [(k, v, mask)], 0, scale=D**-0.5)
+    return division.attend(q, [Tail(k, v, mask)], 0, scale=D**-0.5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,13 +98,13 @@ def test_tails_in_several_buckets_give_what_they_give_in_one(form: str, case: st
     right = copied(q, k, v, shared, mask)
     names = ["packed", "virtual", "merged"]
     choose: Choose = (lambda rows, _, tokens: names[(rows + tokens) % 3]) if form == "mixed" else always(form)
-    held = []
+    tails = []
     for rows in BUCKETS[buckets]:
         columns = 1 + max([3, 11, 0, 7, 5][row] for row in rows)
         pick = mx.array(rows)
-        held.append((k[pick][:, :, :columns], v[pick][:, :, :columns], mask[pick][..., :columns]))
+        tails.append(Tail(k[pick][:, :, :columns], v[pick][:, :, :columns], mask[pick][..., :columns]))
     division = Division(shared, 5, choose, 1, BUCKETS[buckets])
-    assert float(mx.abs(division.attend(q, held, 0, scale=D**-0.5) - right).max()) < 2e-6
+    assert float(mx.abs(division.attend(q, tails, 0, scale=D**-0.5) - right).max()) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
@@ -154,7 +154,7 @@ def test_the_segment_of_the_most_work_on_its_path_decides_for_a_row() -> None:
     assert [(part.form, part.rows) for part in division.parts] == [
         (FORMS["merged"], (0, 1, 2)),
         (FORMS["packed"], (3,)),
-        (FORMS["packed"], (4,)),  # reads none: plain attention
+        (PLAIN, (4,)),  # reads none
     ]
 
 

@@ -122,8 +122,8 @@ def test_the_mask_shows_each_row_its_own_tail_up_to_the_new_token() -> None:
     feed(other, 2, 2)
     batch.join(other)
     feed(batch, 1, 3)
-    ((_, _, mask),) = batch.read(0)
-    assert np.array(mask)[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    (tail,) = batch.read(0)
+    assert np.array(tail.mask)[:, 0, 0].astype(int).tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_a_model_is_given_back_the_new_tokens_alone_wherever_tails_lie() -> None:

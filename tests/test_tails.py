@@ -43,17 +43,17 @@ class Marks:
         return mx.zeros((rows, columns, 1))
 
     def _read(self, layer: int) -> list[list[list[float]]]:
-        held, seen = self.batch.read(layer), dict[int, list[list[float]]]()
+        tails, seen = self.batch.read(layer), dict[int, list[list[float]]]()
         for part in self.batch.division.parts:
-            private, found = part.private(held), list[list[list[float]]]()
-            for tail in private.tails:
+            found = list[list[list[float]]]()
+            for tail in [lines.of(tails) for lines in part.lines]:
                 assert mx.array_equal(tail.keys, -tail.values), "and all are finite, shown or not"
                 numbers = range(len(part.rows)) if tail.rows is None else np.array(tail.rows).tolist()
                 for line, number in enumerate(numbers):
                     shown = slice(None) if tail.mask is None else np.array(tail.mask[line, 0, 0])
                     found.append(np.array(tail.keys[line, 0])[shown].tolist())
                     seen[part.rows[number]] = found[-1]
-            order = range(len(found)) if private.back is None else np.array(private.back).tolist()
+            order = range(len(found)) if part.plan.back is None else np.array(part.plan.back).tolist()
             assert [seen[row] for row in part.rows] == [found[place] for place in order]
         assert len(seen) == len(self.batch)
         return [seen[row] for row in range(len(self.batch))]

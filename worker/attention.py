@@ -11,6 +11,7 @@ A row attends to its segments (nodes of the tree, in order) and then to its own 
 
 The forms, all exact in exact arithmetic; `worker.forms` says when each may be used, and uses it:
 
+- `plain`: each row's tail alone; for rows that read no segment.
 - `packed`: rows with the same segments in one softmax over [segments, tail 0, tail 1, ...], where a mask lets each row
   see its own tail only. What is masked adds exact zeros, so with a BLAS whose sums do not depend on the number of rows
   the result is bit-identical to the row alone. Costs rows times the sum of all tails.
@@ -61,15 +62,19 @@ class Segment:
 
 
 class Plan:
-    """Which rows read which segments; made when rows come and go, used by every layer of every step.
+    """What the rows that a form computes together read; made when rows come and go, used by every layer of every step.
 
     Attributes:
         segments: root side first.
         large: those that get a product of their own.
-        small: the others; `sees` [B, 1, 1, P of all small] says which row reads what.
+        small: the others.
+        sees: which row reads which columns of all small ones side by side, boolean [B, 1, 1, columns]; None without.
+        back: int32 [B]: where each row is found when the rows of all `Tail`s are put one after the other; None where
+            that is their order already.
     """
 
-    def __init__(self, shared: Iterable[Shared], num_rows: int) -> None:
+    def __init__(self, shared: Iterable[Shared], num_rows: int, back: mx.array | None = None) -> None:
+        self.back = back
         self.segments = [
             Segment(layers, layers[0][0].shape[2], tuple(rows), mx.array(list(rows)) if len(rows) < num_rows else None)
             for layers, rows in shared
@@ -105,64 +110,72 @@ class Partial(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The tails of some rows, in one buffer [b, N, S, D] whose last columns are the new tokens.
+    """The tails of some rows, side by side in one buffer, the new tokens included.
 
     Attributes:
-        mask: which columns each row sees, boolean [b, 1, 1, S], where they are not all equally long; the new tokens of
-            a prefill see each other as they follow.
-        rows: their numbers among those that a form computes; None where they are all of these, in order.
+        keys, values: [b, N, S, D] and [b, N, S, Dv], a line per row.
+        mask: which columns each row sees, boolean [b, 1, 1, S]; None where all tails are S tokens long. The new tokens
+            of a prefill are the last columns of all rows, and see each other as they follow.
+        rows: the numbers of the lines' rows, int32 [b], among those that a form computes; None where they are all of
+            these, in order.
     """
 
     keys: mx.array
     values: mx.array
-    mask: mx.array | None
-    rows: mx.array | None
-
-
-class Private(NamedTuple):
-    """All tails that a form computes; `back` sorts their rows by number where there are several."""
-
-    tails: Sequence[Tail]
-    back: mx.array | None
+    mask: mx.array | None = None
+    rows: mx.array | None = None
 
 
 # -- the forms -------------------------------------------------------------------------------------------------------
 
 
-def packed(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
-    """Attend in one softmax for all rows; every row must read every segment of the plan. Without one: plainly.
+def plain(queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, scale: float) -> mx.array:
+    """Attend to the tails alone, one at a time; the plan must have no segments.
 
     Args, of all forms:
-        queries: [B, H, L, D]; the result is [B, H, L, Dv].
+        queries: [B, H, L, D].
+        tails: of all B rows, each row in one of them.
+        plan: made for these B rows.
+        layer: whose keys and values of the segments to read.
+
+    Returns [B, H, L, Dv].
     """
-    if not plan.segments:
-        return _plain(queries, private, scale)
+    outs = []
+    for tail in tails:
+        theirs = queries if tail.rows is None else queries[tail.rows]
+        mask = "causal" if queries.shape[2] > 1 else tail.mask
+        outs.append(mx.fast.scaled_dot_product_attention(theirs, tail.keys, tail.values, scale=scale, mask=mask))
+    return outs[0] if plan.back is None else mx.concatenate(outs)[plan.back]
+
+
+def packed(queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, scale: float) -> mx.array:
+    """Attend in one softmax for all rows; every row must read every segment of the plan."""
     b, h, length, d = queries.shape
-    n = private.tails[0].keys.shape[1]
+    n = tails[0].keys.shape[1]
     above = [segment.layers[layer] for segment in plan.segments]
-    all_k = mx.concatenate([*(k for k, _ in above), *(_fold(tail.keys) for tail in private.tails)], axis=2)
-    all_v = mx.concatenate([*(v for _, v in above), *(_fold(tail.values) for tail in private.tails)], axis=2)
+    all_k = mx.concatenate([*(k for k, _ in above), *(_fold(tail.keys) for tail in tails)], axis=2)
+    all_v = mx.concatenate([*(v for _, v in above), *(_fold(tail.values) for tail in tails)], axis=2)
     shared = mx.ones((b, length, sum(segment.num_tokens for segment in plan.segments)), mx.bool_)
-    sees = mx.concatenate([shared, *(_owned(tail, b, length) for tail in private.tails)], axis=-1)[:, None]
+    sees = mx.concatenate([shared, *(_shown(tail, b, length) for tail in tails)], axis=-1)[:, None]
     sees = mx.broadcast_to(sees, (b, h // n, *sees.shape[2:])).reshape(1, 1, b * (h // n) * length, -1)
     folded = _fold(queries.reshape(b, n, -1, d))
     out = mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees)
     return _unfold(out, b).reshape(b, h, length, -1)
 
 
-def merged(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
+def merged(queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, scale: float) -> mx.array:
     """Attend to every segment once for all its rows, and join the parts."""
-    grouped, whole = _own(queries, private, scale)
+    grouped, whole = _over_tails(queries, tails, plan, scale)
     whole = _with_segments(whole, grouped, plan, plan.large, layer, scale)
     return (whole.out / whole.total).astype(queries.dtype).reshape(*queries.shape[:3], -1)
 
 
-def virtual(queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array:
+def virtual(queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, scale: float) -> mx.array:
     """Attend as merged, but to the largest segments by one fused operation each. One new token per row.
 
     A query too small for its virtual key to be a finite number gives NaN, so the step runs again in another form.
     """
-    grouped, whole = _own(queries, private, scale)
+    grouped, whole = _over_tails(queries, tails, plan, scale)
     others = [segment for segment in plan.large if segment not in plan.fused]
     whole = _with_segments(whole, grouped, plan, others, layer, scale)
     out, seen = (whole.out / whole.total).astype(queries.dtype), (whole.top + mx.log2(whole.total)) / _LOG2_E
@@ -186,29 +199,19 @@ def _with_virtual_tokens(
     return _unfold(mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees), len(queries))
 
 
-def _plain(queries: mx.array, private: Private, scale: float) -> mx.array:
-    """Attend to the tails alone, a bucket at a time."""
-    outs = []
-    for tail in private.tails:
-        own = queries if tail.rows is None else queries[tail.rows]
-        mask = "causal" if queries.shape[2] > 1 else tail.mask
-        outs.append(mx.fast.scaled_dot_product_attention(own, tail.keys, tail.values, scale=scale, mask=mask))
-    return outs[0] if private.back is None else mx.concatenate(outs)[private.back]
-
-
-def _own(queries: mx.array, private: Private, scale: float) -> tuple[mx.array, Partial]:
+def _over_tails(queries: mx.array, tails: Sequence[Tail], plan: Plan, scale: float) -> tuple[mx.array, Partial]:
     """Return the queries as [B, N, T, D], L fastest, and their attention to the tails."""
     b, h, length, d = queries.shape
-    n = private.tails[0].keys.shape[1]
+    n = tails[0].keys.shape[1]
     grouped = queries.reshape(b, n, -1, d)
     order = mx.tile(_follow(length), (h // n, 1)) if length > 1 else None
     parts = [
         _partial(grouped if rows is None else grouped[rows], k, v, mask if order is None else order, scale)
-        for k, v, mask, rows in private.tails
+        for k, v, mask, rows in tails
     ]
-    if private.back is None:
+    if plan.back is None:
         return grouped, parts[0]
-    return grouped, Partial(*(mx.concatenate(list(x))[private.back] for x in zip(*parts, strict=True)))
+    return grouped, Partial(*(mx.concatenate(list(x))[plan.back] for x in zip(*parts, strict=True)))
 
 
 def _follow(length: int) -> mx.array:
@@ -216,8 +219,8 @@ def _follow(length: int) -> mx.array:
     return mx.arange(length) <= mx.arange(length)[:, None]
 
 
-def _owned(tail: Tail, num_rows: int, length: int) -> mx.array:
-    """Return which of the tails' columns, side by side, each row's queries see: boolean [B, L, b * S]."""
+def _shown(tail: Tail, num_rows: int, length: int) -> mx.array:
+    """Return which columns, line after line, each of B rows' queries see: its own ones. Boolean [B, L, b * S]."""
     rows, columns = tail.keys.shape[0], tail.keys.shape[2]
     numbers = mx.arange(rows) if tail.rows is None else tail.rows
     mine = (mx.arange(num_rows)[:, None] == numbers)[:, None, :, None]

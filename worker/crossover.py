@@ -23,7 +23,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from common.log import logger
-from worker.attention import Shared
+from worker.attention import Shared, Tail
 from worker.forms import FORMS, Division, always
 from worker.platform import BlasInfo, DeviceInfo
 
@@ -223,7 +223,7 @@ def _attends(shape: HeadShape, rows: int, new_tokens: int, tokens: int) -> dict[
     for name, form in FORMS.items():
         if tokens >= form.least_tokens and (form.decodes if new_tokens == 1 else form.prefills):
             division = Division(shared, rows, always(name), new_tokens)
-            attends[name] = partial(division.attend, queries, [(tails[0], tails[1], None)], 0, scale=scale)
+            attends[name] = partial(division.attend, queries, [Tail(*tails)], 0, scale=scale)
     return attends
 
 

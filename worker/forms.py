@@ -12,16 +12,22 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from worker.attention import PRODUCT_TOKENS, Plan, Private, Shared, Tail, merged, packed, virtual
+from worker.attention import PRODUCT_TOKENS, Plan, Shared, Tail, merged, packed, plain, virtual
 
 Choose = Callable[[int, int, int], str]
-"""From a segment's readers, new tokens per reader, and tokens to the name of a form."""
+"""From a segment's readers, new tokens per reader, and tokens to the name of a form of `FORMS`.
+
+New tokens are one in a decode step and more in a prefill, where one choice serves all chunks, also one of one column.
+For a prefill without any segment readers are all rows and tokens 0; any name but "merged" then means `PLAIN`.
+"""
 
 
 class Attend(Protocol):
-    """What a form is: see `worker.attention.packed` for the arguments."""
+    """What a form is: see `worker.attention.plain` for the arguments."""
 
-    def __call__(self, queries: mx.array, private: Private, plan: Plan, layer: int, *, scale: float) -> mx.array: ...
+    def __call__(
+        self, queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, scale: float
+    ) -> mx.array: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,15 @@ class Form:
     """One way to attend.
 
     Attributes:
-        together: rows with the same value of it, given a row's number and its segments', are computed in one go.
+        together: rows with the same value of it, given a row's number and its segments', are computed in one go; None
+            where all are, whatever they read.
         isolates: whether what is not finite in one row stays in that row.
         decodes, prefills: whether it is worth measuring for one new token per row, and for more.
         least_tokens: of a segment, below which it is the same as another form.
     """
 
     attend: Attend
-    together: Callable[[int, tuple[int, ...]], Hashable]
+    together: Callable[[int, tuple[int, ...]], Hashable] | None
     isolates: bool
     decodes: bool = False
     prefills: bool = False
@@ -44,11 +51,14 @@ class Form:
 
 
 FORMS: dict[str, Form] = {
-    "merged": Form(merged, lambda row, path: None, isolates=True, decodes=True, prefills=True),
-    "virtual": Form(virtual, lambda row, path: None, isolates=False, decodes=True, least_tokens=PRODUCT_TOKENS),
+    "merged": Form(merged, None, isolates=True, decodes=True, prefills=True),
+    "virtual": Form(virtual, None, isolates=False, decodes=True, least_tokens=PRODUCT_TOKENS),
     "packed": Form(packed, lambda row, path: path, isolates=False, decodes=True),
     "alone": Form(packed, lambda row, path: row, isolates=True, prefills=True),
 }
+
+PLAIN = Form(plain, None, isolates=True)
+"""For rows that read no segment, unless they are computed together with rows that do. Nobody chooses it."""
 
 
 def always(name: str) -> Choose:
@@ -64,22 +74,26 @@ def exactly(rows: int, new_tokens: int, tokens: int) -> str:
     return "packed" if new_tokens == 1 else "alone"
 
 
-Held = tuple[mx.array, mx.array, mx.array | None]
-"""Keys, values and mask of a bucket of tails, as in `worker.attention.Tail`."""
-
-
 @dataclass(frozen=True, slots=True)
-class Own:
-    """The lines of a bucket that rows of a part lie in.
+class Lines:
+    """The lines of one bucket on which rows of a part lie.
 
     Attributes:
-        lines: None where they are all, in order.
-        rows: their numbers in the part, or None where they are all of its rows, in order.
+        bucket: its number.
+        pick: the lines' numbers in the bucket, int32 [b]; None where they are all.
+        rows: the rows' numbers in the part, int32 [b]; None where they are all of its rows, in order.
     """
 
     bucket: int
-    lines: mx.array | None
+    pick: mx.array | None
     rows: mx.array | None
+
+    def of(self, tails: Sequence[Tail]) -> Tail:
+        """Return these lines out of all buckets'."""
+        keys, values, mask, _ = tails[self.bucket]
+        if self.pick is not None:
+            keys, values, mask = keys[self.pick], values[self.pick], None if mask is None else mask[self.pick]
+        return Tail(keys, values, mask, self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +102,23 @@ class Part:
 
     Attributes:
         rows: their numbers in the batch, ascending.
-        pick: the same as an array, or None where they are all rows.
+        pick: the same as an array, int32; None where they are all rows.
         plan: what they read; it counts rows within the part.
-        own: where their tails are.
-        back: sorts the rows of these by number, if there are several.
+        lines: where their tails are, at most one entry per bucket.
     """
 
     form: Form
     rows: tuple[int, ...]
     pick: mx.array | None
     plan: Plan
-    own: Sequence[Own]
-    back: mx.array | None
-
-    def private(self, held: Sequence[Held]) -> Private:
-        """Return the tails of these rows, out of all buckets'."""
-        tails = []
-        for own in self.own:
-            keys, values, mask = held[own.bucket]
-            if own.lines is not None:
-                keys, values, mask = keys[own.lines], values[own.lines], None if mask is None else mask[own.lines]
-            tails.append(Tail(keys, values, mask, own.rows))
-        return Private(tails, self.back)
+    lines: Sequence[Lines]
 
 
 class Division:
-    """A batch's rows in parts; made when rows come and go.
+    """A batch's rows in parts; made when rows come and go, used by every layer of every step.
 
     Attributes:
+        parts: each row is in one of them.
         isolates: whether what is not finite in one row stays in that row, in all parts.
     """
 
@@ -127,48 +130,60 @@ class Division:
         new_tokens: int,
         buckets: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`buckets` says which rows' tails lie together, in the order of their lines; None: all do, as numbered."""
-        groups: dict[tuple[str, Hashable], list[int]] = {}
-        for row, (name, path) in enumerate(_choices(shared, num_rows, choose, new_tokens)):
-            groups.setdefault((name, FORMS[name].together(row, path)), []).append(row)
-        tails = [range(num_rows)] if buckets is None else buckets
-        self.parts = [_part(FORMS[name], shared, rows, num_rows, tails) for (name, _), rows in groups.items()]
-        self._back = _sorting([row for part in self.parts for row in part.rows])
-        self.isolates = not shared or all(part.form.isolates for part in self.parts)
+        """Divide rows 0 to `num_rows` - 1.
 
-    def attend(self, queries: mx.array, held: Sequence[Held], layer: int, *, scale: float) -> mx.array:
-        """Attend to the rows' segments and tails: [B, H, L, D] to [B, H, L, Dv]."""
+        Args:
+            shared: the segments, root side first; the keys and values of each row's tail are given to `attend`.
+            new_tokens: as `Choose` takes them: more than one in a prefill, also for a chunk of one column.
+            buckets: which rows' tails lie together, in the order of their lines; None: all do, as numbered.
+        """
+        groups: dict[tuple[Form, Hashable], list[int]] = {}
+        for row, (form, path) in enumerate(_choices(shared, num_rows, choose, new_tokens)):
+            groups.setdefault((form, form.together(row, path) if form.together else None), []).append(row)
+        lying = [range(num_rows)] if buckets is None else buckets
+        self.parts = [_part(form, shared, rows, num_rows, lying) for (form, _), rows in groups.items()]
+        self._back = _sorting([row for part in self.parts for row in part.rows])
+        self.isolates = all(part.form.isolates for part in self.parts)
+
+    def attend(self, queries: mx.array, tails: Sequence[Tail], layer: int, *, scale: float) -> mx.array:
+        """Attend to the rows' segments and tails: [B, H, L, D] to [B, H, L, Dv].
+
+        `tails` has all lines of each bucket, in the buckets' order; their `rows` are not read.
+        """
         outs = []
         for part in self.parts:
-            own = queries if part.pick is None else queries[part.pick]
-            outs.append(part.form.attend(own, part.private(held), part.plan, layer, scale=scale))
+            theirs = queries if part.pick is None else queries[part.pick]
+            lines = [lines.of(tails) for lines in part.lines]
+            outs.append(part.form.attend(theirs, lines, part.plan, layer, scale=scale))
         return outs[0] if len(outs) == 1 else mx.concatenate(outs)[self._back]
 
 
 def _sorting(order: Sequence[int]) -> mx.array:
-    """Return what sorts things that come in this order of their numbers."""
+    """Return what sorts things that come in this order of their numbers: int32, where each number is found."""
     return mx.array(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _choices(
     shared: Sequence[Shared], num_rows: int, choose: Choose, new_tokens: int
-) -> list[tuple[str, tuple[int, ...]]]:
+) -> list[tuple[Form, tuple[int, ...]]]:
     """Return for each row the form that suits the most work on its path best, and the numbers of its segments.
 
-    A row without a segment goes with the others. Without any, steps are plain, and prefills where merged is slower.
+    A row without a segment goes with the others, if theirs is a form for all rows, and else is plain. Without any
+    segment, steps are plain, and prefills where merged is slower.
     """
     if not shared:
         merges = new_tokens > 1 and choose(num_rows, new_tokens, 0) == "merged"
-        return [("merged" if merges else "packed", ())] * num_rows
+        return [(FORMS["merged"] if merges else PLAIN, ())] * num_rows
     sizes = [(len(rows), layers[0][0].shape[2]) for layers, rows in shared]
-    names = [choose(readers, new_tokens, tokens) for readers, tokens in sizes]
+    forms = [FORMS[choose(readers, new_tokens, tokens)] for readers, tokens in sizes]
     work = [readers * tokens for readers, tokens in sizes]
-    usual = names[max(range(len(shared)), key=work.__getitem__)]
+    usual = forms[max(range(len(shared)), key=work.__getitem__)]
+    without = PLAIN if usual.together else usual
     paths: list[list[int]] = [[] for _ in range(num_rows)]
     for number, (_, rows) in enumerate(shared):
         for row in rows:
             paths[row].append(number)
-    return [(names[max(path, key=work.__getitem__)] if path else usual, tuple(path)) for path in paths]
+    return [(forms[max(path, key=work.__getitem__)] if path else without, tuple(path)) for path in paths]
 
 
 def _part(
@@ -176,16 +191,15 @@ def _part(
 ) -> Part:
     place = {row: i for i, row in enumerate(rows)}
     theirs = [(layers, [place[row] for row in readers if row in place]) for layers, readers in shared]
-    plan = Plan([(layers, readers) for layers, readers in theirs if readers], len(rows))
-    own, order = list[Own](), list[int]()
+    lines, order = list[Lines](), list[int]()
     for number, bucket in enumerate(buckets):
-        lines = [line for line, row in enumerate(bucket) if row in place]
-        if lines:
-            numbers = [place[bucket[line]] for line in lines]
+        if picked := [line for line, row in enumerate(bucket) if row in place]:
+            numbers = [place[bucket[line]] for line in picked]
             in_order = numbers == list(range(len(rows)))
-            whole = len(lines) == len(bucket)
-            own.append(Own(number, None if whole else mx.array(lines), None if in_order else mx.array(numbers)))
+            whole = len(picked) == len(bucket)
+            lines.append(Lines(number, None if whole else mx.array(picked), None if in_order else mx.array(numbers)))
             order += numbers
+    back = _sorting(order) if len(lines) > 1 or order != sorted(order) else None
+    plan = Plan([(layers, readers) for layers, readers in theirs if readers], len(rows), back)
     pick = mx.array(rows) if len(rows) < num_rows else None
-    back = _sorting(order) if len(own) > 1 or order != sorted(order) else None
-    return Part(form, tuple(rows), pick, plan, own, back)
+    return Part(form, tuple(rows), pick, plan, lines)

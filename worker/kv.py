@@ -12,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from worker.attention import Tail
 from worker.buckets import Bucket, Room, cells, made
-from worker.forms import MERGED, Choose, Division, Held, always
+from worker.forms import MERGED, Choose, Division, always
 from worker.tails import Tails, detached
 
 _ENDLESS = 1 << 32  # columns
@@ -284,8 +285,8 @@ class Batch:
         """Put the new tokens of all rows, [B, N, L, D], into the tails."""
         self._tails.write(layer, (keys, values))
 
-    def read(self, layer: int) -> list[Held]:
-        """Return views of the tails with the new tokens, a bucket at a time."""
+    def read(self, layer: int) -> list[Tail]:
+        """Return views of the tails with the new tokens, one per bucket."""
         return self._tails.read(layer)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from worker.attention import Tail
 from worker.buckets import Bucket
-from worker.forms import Held
 
 Pair = tuple[mx.array, mx.array]  # keys and values
 
@@ -35,11 +35,15 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where the rows of one bucket write in this step.
+    """Where the b rows of one bucket write in this step, and what they see of it.
 
     Attributes:
-        pick: their numbers in the batch, or None where they are all rows, in order.
-        lines, columns: where the one new token of each goes; None where all rows have the same `start`.
+        pick: their numbers in the batch, int32 [b]; None where they are all rows, in order.
+        num_rows: b; they lie on the first b lines.
+        start, stop: columns of the new tokens of the longest tail, and of all where they are equally long; nobody has
+            tokens from `stop` on.
+        lines, columns: where the one new token of each row goes, int32 [b]; None where all tails are equally long.
+        mask: which columns each row sees, its new token included, boolean [b, 1, 1, stop]; None where all of them.
     """
 
     pick: mx.array | None
@@ -132,18 +136,18 @@ class Tails:
             held = self._layers[layer] = _Layer(self.buckets, [_empty(*new, bucket) for bucket in self.buckets])
         for place, pair in zip(self._places, held.pairs, strict=True):
             for target, added in zip(pair, new, strict=True):
-                own = added if place.pick is None else added[place.pick]
+                theirs = added if place.pick is None else added[place.pick]
                 if place.lines is None:
-                    _assign(target, slice(place.num_rows), slice(place.start, place.stop), own)
+                    _assign(target, slice(place.num_rows), slice(place.start, place.stop), theirs)
                 else:
-                    target[place.lines, :, place.columns] = own[:, :, 0]
+                    target[place.lines, :, place.columns] = theirs[:, :, 0]
 
-    def read(self, layer: int) -> list[Held]:
-        """Return views of the tails with the new tokens, a bucket at a time."""
+    def read(self, layer: int) -> list[Tail]:
+        """Return views of the tails with the new tokens: one per bucket, its lines in order; `rows` is not set."""
         held = self._layers[layer]
         assert held is not None
         return [
-            (k[: place.num_rows, :, : place.stop], v[: place.num_rows, :, : place.stop], place.mask)
+            Tail(k[: place.num_rows, :, : place.stop], v[: place.num_rows, :, : place.stop], place.mask)
             for place, (k, v) in zip(self._places, held.pairs, strict=True)
         ]
 
@@ -199,9 +203,9 @@ def _place(held: Bucket, lengths: Sequence[int], new_tokens: int) -> _Place:
         return _Place(pick, len(starts), start, stop, None, None, None)
     if new_tokens > 1:
         raise RuntimeError("rows with tails of different lengths can only decode, one token at a time")
-    own = mx.array(starts)
-    mask = mx.arange(stop) <= own[:, None, None, None]
-    return _Place(pick, len(starts), start, stop, mx.arange(len(starts)), own, mask)
+    columns = mx.array(starts)
+    mask = mx.arange(stop) <= columns[:, None, None, None]
+    return _Place(pick, len(starts), start, stop, mx.arange(len(starts)), columns, mask)
 
 
 def _sorted_into(target: Sequence[Bucket], mine: _Layer, theirs: _Layer | None, first: int) -> tuple[list[Pair], bool]:
