@@ -78,11 +78,6 @@ class Row:
         return len(self.prompt.tokens) + self.prompt.max_tokens
 
     @property
-    def own_tokens(self) -> int:
-        """Tokens of prompt and answer so far that do not lie in the tree."""
-        return len(self.prompt.tokens) + len(self.generated) - self.prefix_tokens
-
-    @property
     def next_input(self) -> int:
         """The token to feed next: the prompt's last, then what it generated last."""
         return self.generated[-1] if self.generated else int(self.prompt.tokens[-1])
