@@ -42,7 +42,7 @@ class Marks:
 
 
 def filled(rows: list[list[int]]) -> Batch:
-    batch = Batch(LAYERS, columns=len(rows[0]))
+    batch = Batch(LAYERS, prefill_columns=len(rows[0]))
     batch.open([Path()] * len(rows))
     batch.forward(Marks(), np.array(rows, np.int32), [len(row) for row in rows])
     return batch

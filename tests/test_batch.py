@@ -34,7 +34,7 @@ def model(tokens: mx.array, cache: list[Any]) -> mx.array:
 
 
 def filled(paths: list[Path], tail: int) -> Batch:
-    batch = Batch(LAYERS, columns=tail)
+    batch = Batch(LAYERS, prefill_columns=tail)
     batch.open(paths)
     batch.forward(model, np.zeros((len(paths), tail), np.int32), [tail] * len(paths))
     batch.evaluate()

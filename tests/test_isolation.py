@@ -66,9 +66,17 @@ def broken(run: Bench, part: str, value: float, columns: slice, times: int) -> l
     return spoiled
 
 
-def ran(form: str) -> Bench:
+def ran(form: str, *, chunk_tokens: int = 32) -> Bench:
     crossover = fastest(form if form in FORMS else "merged")
-    return bench(tiny(), exact=form == "exact", crossover=crossover)
+    return bench(tiny(), exact=form == "exact", crossover=crossover, chunk_tokens=chunk_tokens)
+
+
+def embed_infinity(run: Bench, token: int) -> None:
+    """Let a token's embedding be infinite in every call, so that its job fails."""
+    embedding = run.watched.model.model.embed_tokens
+    weights = np.array(embedding.weight)
+    weights[token] = np.inf
+    embedding.weight = mx.array(weights)
 
 
 def answers_are_right(run: Bench, prompts: dict[str, Prompt]) -> None:
@@ -130,16 +138,29 @@ def test_a_row_that_is_never_finite_fails_alone_and_its_mates_answer(form: str) 
 
 @pytest.mark.parametrize("form", [*FORM_NAMES, "exact"])
 def test_a_token_that_is_not_finite_in_a_tail_spoils_no_tail_that_prefills_beside_it(form: str) -> None:
-    """Its embedding is infinite in every call, so its job fails; the others prefill in the same call."""
+    """The others prefill in the same call."""
     run, prompts = ran(form), levels()
     marked = prompts[BAD].tokens.copy()
     marked[-2:] = (295, 4)
     prompts[BAD] = Prompt(marked, prompts[BAD].sampling, prompts[BAD].branches)
-    embedding = run.watched.model.model.embed_tokens
-    weights = np.array(embedding.weight)
-    weights[295] = np.inf
-    embedding.weight = mx.array(weights)
+    embed_infinity(run, 295)
     assert went_alone(run, prompts) == {BAD}
+    assert isinstance(run.ended[BAD], Failed)
+    answers_are_right(run, prompts)
+
+
+@pytest.mark.parametrize("form", [*FORM_NAMES, "exact"])
+def test_what_is_not_finite_in_a_last_chunk_of_one_column_spoils_no_tail_that_prefills_beside_it(form: str) -> None:
+    """A call of one column is a decode step only in the batch that decodes."""
+    shared = [(7 * i) % 290 for i in range(150)]
+    prompts = {
+        job_id: prompt([*shared, first, 1, 2, 3, last, 4], 8, [150])
+        for job_id, first, last in ((BAD, 200, 295), ("b1", 201, 5), ("b2", 202, 5))
+    }
+    run = ran(form, chunk_tokens=12)
+    embed_infinity(run, 295)
+    assert went_alone(run, prompts) == {BAD}
+    assert run.watched.calls[13:15] == [(3, 4), (3, 1)], "after the segment, five columns"
     assert isinstance(run.ended[BAD], Failed)
     answers_are_right(run, prompts)
 

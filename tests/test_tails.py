@@ -92,7 +92,7 @@ class Life:
         count, longest = self.rng.randint(1, 6), self.rng.choice([0, 3, 12, 60])
         lengths = [self.rng.randint(0, longest) for _ in range(count)]
         rows = [self.fresh(length) for length in lengths]
-        batch = Batch(LAYERS, columns=max(lengths))
+        batch = Batch(LAYERS, prefill_columns=max(lengths))
         batch.open([self.path() for _ in rows])
         done, width = 0, max(lengths)
         while done < width:
@@ -251,7 +251,7 @@ def test_a_nan_that_a_row_left_where_it_lay_before_it_moved_reaches_nobody_who_c
     kv = KV([(mx.zeros((1, 1, 4000, 2)), mx.zeros((1, 1, 4000, 2))) for _ in range(LAYERS)])
 
     def join(lengths: list[int]) -> None:
-        rows, other = [life.fresh(length) for length in lengths], Batch(LAYERS, columns=max(lengths))
+        rows, other = [life.fresh(length) for length in lengths], Batch(LAYERS, prefill_columns=max(lengths))
         other.open([Path([(kv, 4000)])] * len(rows))
         other.forward(Marks(other), np.array(rows, np.int32), lengths)
         life.batch.join(other, [40] * len(rows))
@@ -274,7 +274,7 @@ def test_a_nan_that_a_row_left_where_it_lay_before_it_moved_reaches_nobody_who_c
 
 
 def test_buffers_of_rows_too_different_for_eight_buckets_are_not_made_anew_in_every_step() -> None:
-    rng, batch, other = random.Random(0), Batch(LAYERS), Batch(LAYERS, columns=300)
+    rng, batch, other = random.Random(0), Batch(LAYERS), Batch(LAYERS, prefill_columns=300)
     lengths = [rng.randint(1, 300) for _ in range(32)]
     kv = KV([(mx.zeros((1, 1, 8000, 2)), mx.zeros((1, 1, 8000, 2))) for _ in range(LAYERS)])
     other.open([Path([(kv, 8000)])] * 32)

@@ -88,10 +88,10 @@ class PrefixCache:
         self._loaded, self._limits, self._choose = loaded, limits, choose
         self._max_holders = limits.arrays // max(1, _num_arrays(make_prompt_cache(loaded.model)))
 
-    def new_batch(self, columns: int = 0) -> Any:
-        """Return an empty batch of the kind that this model's rows run in."""
+    def new_batch(self, prefill_columns: int | None = None) -> Any:
+        """Return an empty batch of the kind that this model's rows run in; see `worker.kv.Batch`."""
         if self.reuse == "shared":
-            return Batch(self._loaded.num_layers, self._choose, columns=columns)
+            return Batch(self._loaded.num_layers, self._choose, prefill_columns=prefill_columns)
         return Solo(lambda: make_prompt_cache(self._loaded.model), snapshots=self.reuse != "copied")
 
     def find(self, row: Row) -> Match[Any]:

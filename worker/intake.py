@@ -158,7 +158,7 @@ class Intake:
         return self._open(rows, [row.cacheable[row.prefix_tokens :] for row in rows], segment=False)
 
     def _open(self, rows: list[Row], tokens: list[Tokens], *, segment: bool) -> Fill:
-        batch = self._cache.new_batch(max(map(len, tokens)))
+        batch = self._cache.new_batch(prefill_columns=max(map(len, tokens)))
         batch.open([row.path() for row in rows])
         if self._cache.reuse != "shared":  # the rows have copies of their own now
             for row in rows:

@@ -83,16 +83,22 @@ class Batch:
         shown: the mask of the prefill under way, if the model asked for an array.
     """
 
-    def __init__(self, num_layers: int, choose: Choose = MERGED, *, columns: int = 0) -> None:
-        """Make an empty batch; `columns` is how long its tails will become where that is near: in a prefill."""
+    def __init__(self, num_layers: int, choose: Choose = MERGED, *, prefill_columns: int | None = None) -> None:
+        """Make an empty batch.
+
+        Args:
+            choose: which form of attention its rows take.
+            prefill_columns: how many columns the tails come to in this prefill, whose last chunk may be one column
+                wide; None in a batch that decodes, where only a call of several columns is taken for a prefill.
+        """
         self.lengths: list[int] = []
         self.paths: list[Path] = []
         self.offset = mx.array([], mx.int32)
         self._limits: list[int] = []  # columns that each row's tail can come to
-        self._choose, self._soon, self.roomy = choose, columns, True
+        self._choose, self._prefill_columns, self.roomy = choose, prefill_columns, True
         self._tails = Tails(num_layers)
         self._division: Division | None = None
-        self._new_tokens = 0
+        self._prefills = prefill_columns is not None
         self.shown: mx.array | None = None
 
     def __len__(self) -> int:
@@ -135,12 +141,13 @@ class Batch:
     ) -> mx.array:
         """Run the next tokens [B, L] of all rows, of which row b has `counts[b]`; return the last logits, [B, V].
 
-        What lies behind a row's count is padding: `trim` cuts it off before the row decodes. `fed` is what the model
-        takes beside tokens.
+        What lies behind a row's count is padding: `trim` cuts it off before the row decodes. It runs like tokens here,
+        where nobody reads the counts; `worker.solo.Solo`, which may stand in this place, runs none of it. `fed` is what
+        the model takes beside tokens.
         """
         self._begin(tokens.shape[1])
         logits = model(mx.array(tokens), cache=[LayerCache(self, i) for i in range(len(self._tails))], **fed)
-        self.lengths = [n + self._new_tokens for n in self.lengths]
+        self.lengths = [n + tokens.shape[1] for n in self.lengths]
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def repeat(self, model: Any, tokens: np.ndarray[Any, np.dtype[np.int32]], **fed: mx.array) -> mx.array:
@@ -154,14 +161,15 @@ class Batch:
 
     def _begin(self, new_tokens: int) -> None:
         """Make room for `new_tokens` more per row and fix positions."""
-        if (new_tokens == 1) != (self._new_tokens == 1):
-            self._division = None  # other forms suit a prefill
-        self._new_tokens = new_tokens
+        prefills = self._prefill_columns is not None or new_tokens > 1
+        if prefills != self._prefills:
+            self._prefills, self._division = prefills, None  # other forms suit a prefill
         starts = [p.num_tokens + n for p, n in zip(self.paths, self.lengths, strict=True)]
         self.offset = mx.array(starts, mx.int32)
-        needed = [max(self._soon, n + new_tokens) for n in self.lengths]
+        planned = self._prefill_columns or 0
+        needed = [max(planned, n + new_tokens) for n in self.lengths]
         if not self._hold(needed):
-            limits = [self._soon] * len(self) if self._soon >= max(needed) else self._limits
+            limits = [planned] * len(self) if planned >= max(needed) else self._limits
             self._arrange(made(needed, limits, self._room(needed)))
         self._tails.arrange(self._tails.buckets)  # layers that lacked the memory for it before
         self._tails.begin(self.lengths, new_tokens)
@@ -193,7 +201,7 @@ class Batch:
             buckets = fresh
         self._tails.arrange(buckets, other._tails, first)
         self.lengths, self.paths, self._limits = lengths, paths, limits
-        self._soon, self.roomy, self._division = 0, roomy, None
+        self.roomy, self._division = roomy, None
 
     def _filled_up(self, needed: Sequence[int]) -> list[Bucket] | None:
         """Return the buckets with new rows in free lines; None if they do not fit."""
@@ -270,7 +278,8 @@ class Batch:
         if self._division is None:
             shared = [(kv.first(used), rows) for kv, used, rows in self._readers.values()]
             buckets = [held.rows for held in self._tails.buckets] or None
-            self._division = Division(shared, len(self), self._choose, self._new_tokens or 1, buckets)
+            new_tokens = 2 if self._prefills else 1  # also for a chunk of one column: it must not spoil its mates
+            self._division = Division(shared, len(self), self._choose, new_tokens, buckets)
         return self._division
 
     @property
