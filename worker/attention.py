@@ -1,4 +1,4 @@
-"""Attention over shared segments and private tails, in several forms from one storage. Knows no tree and no model.
+"""Attention over shared segments and tails, in several forms from one storage. Knows no tree and no model.
 
 Letters, here and in `worker.kv` and `worker.engine`: B rows, H query heads, N key/value heads, G = H / N, L new tokens
 per row, T = G * L queries of a row per key/value head, S tokens of a tail, P tokens of a shared segment, D head size.
@@ -156,7 +156,7 @@ def packed(queries: mx.array, tails: Sequence[Tail], plan: Plan, layer: int, *, 
     all_k = mx.concatenate([*(k for k, _ in above), *(_fold(tail.keys) for tail in tails)], axis=2)
     all_v = mx.concatenate([*(v for _, v in above), *(_fold(tail.values) for tail in tails)], axis=2)
     shared = mx.ones((b, length, sum(segment.num_tokens for segment in plan.segments)), mx.bool_)
-    sees = mx.concatenate([shared, *(_shown(tail, b, length) for tail in tails)], axis=-1)[:, None]
+    sees = mx.concatenate([shared, *(_tail_mask(tail, b, length) for tail in tails)], axis=-1)[:, None]
     sees = mx.broadcast_to(sees, (b, h // n, *sees.shape[2:])).reshape(1, 1, b * (h // n) * length, -1)
     folded = _fold(queries.reshape(b, n, -1, d))
     out = mx.fast.scaled_dot_product_attention(folded, all_k, all_v, scale=scale, mask=sees)
@@ -219,7 +219,7 @@ def _follow(length: int) -> mx.array:
     return mx.arange(length) <= mx.arange(length)[:, None]
 
 
-def _shown(tail: Tail, num_rows: int, length: int) -> mx.array:
+def _tail_mask(tail: Tail, num_rows: int, length: int) -> mx.array:
     """Return which columns, line after line, each of B rows' queries see: its own ones. Boolean [B, L, b * S]."""
     rows, columns = tail.keys.shape[0], tail.keys.shape[2]
     numbers = mx.arange(rows) if tail.rows is None else tail.rows

@@ -1,4 +1,4 @@
-"""The buffers of a batch's private KV: per layer a pair of them per bucket, where every row has a line of its own.
+"""The buffers of a batch's tails: per layer a pair of them per bucket, where every row has a line of its own.
 
 Knows no prefix and no model. Shape letters as in `worker.attention`.
 """
@@ -131,10 +131,10 @@ class Tails:
 
     def write(self, layer: int, new: Pair) -> None:
         """Put the new tokens of all rows [B, N, L, D] behind their tails."""
-        held = self._layers[layer]
-        if held is None:
-            held = self._layers[layer] = _Layer(self.buckets, [_empty(*new, bucket) for bucket in self.buckets])
-        for place, pair in zip(self._places, held.pairs, strict=True):
+        buffers = self._layers[layer]
+        if buffers is None:
+            buffers = self._layers[layer] = _Layer(self.buckets, [_empty(*new, bucket) for bucket in self.buckets])
+        for place, pair in zip(self._places, buffers.pairs, strict=True):
             for target, added in zip(pair, new, strict=True):
                 theirs = added if place.pick is None else added[place.pick]
                 if place.lines is None:
@@ -144,11 +144,11 @@ class Tails:
 
     def read(self, layer: int) -> list[Tail]:
         """Return views of the tails with the new tokens: one per bucket, its lines in order; `rows` is not set."""
-        held = self._layers[layer]
-        assert held is not None
+        buffers = self._layers[layer]
+        assert buffers is not None
         return [
             Tail(k[: place.num_rows, :, : place.stop], v[: place.num_rows, :, : place.stop], place.mask)
-            for place, (k, v) in zip(self._places, held.pairs, strict=True)
+            for place, (k, v) in zip(self._places, buffers.pairs, strict=True)
         ]
 
     def leave(self, row: int, lengths: Sequence[int]) -> None:
