@@ -64,7 +64,8 @@ class Running:
         prefilled = len(joining) * max((len(row.cacheable) - row.prefix_tokens for row in joining), default=0)
         lasting, before = max(whole, self.batch.nbytes), self.batch.nbytes + self._cache.nbytes(prefilled)
         sorted_anew = whole // self._cache.num_layers  # a layer at a time
-        copied = max(sorted_anew, self._cache.nbytes(max(tails, default=0)))  # or a line, when a row leaves
+        moved = self._cache.nbytes(max(tails)) if len(tails) > 1 else 0  # a line, when another row leaves
+        copied = max(sorted_anew, moved)
         return Need(lasting, 1 + min(MOST_BUCKETS, len(rows)), max(0, before - lasting) + copied)
 
     def make_ready(self, joining: Sequence[Row], beside: Need) -> None:
@@ -84,15 +85,19 @@ class Running:
             held = other.tokens(other.prefix_tokens + self.batch.lengths[index])
             if (common := row.prompt.whole(common_prefix(held, row.cacheable))) > shared:
                 best, shared = index, common
-        return best >= 0 and self._share(self.rows[best], self.batch, best, shared, beside=self.demand(joining))
+        if best < 0:
+            return False
+        beside = self.demand(joining) + Need(0, 0, passing=self._cache.nbytes(self.batch.lengths[best]))
+        return self._share(best, shared, beside)
 
     def shrink(self) -> None:
         """Give up the room of rows that have left; for when no others are about to take it."""
         if self.rows and self._cache.reuse == "shared":
             self.batch.shrink()
 
-    def _share(self, row: Row, batch: Any, index: int, end: int, beside: Need | None = None) -> bool:
+    def _share(self, index: int, end: int, beside: Need) -> bool:
         """Move a row's KV up to depth `end` from its tail into the tree; not if it is not finite: it will fail."""
+        row, batch = self.rows[index], self.batch
         moved = end - row.prefix_tokens
         node = self._cache.keep(row, batch, index, end, beside=beside)
         if node is None:
