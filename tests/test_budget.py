@@ -219,8 +219,8 @@ def num_buffers(engine: Engine) -> int:
     return rows + sum(2 * len(node.payload.layers) for node in engine.cache.tree.nodes() if node.payload)
 
 
-@pytest.mark.parametrize("cap", [40, 80])
-def test_the_number_of_buffers_stays_under_its_cap_and_all_jobs_finish(cap: int) -> None:
+@pytest.mark.parametrize(("cap", "buckets"), [(20, 1), (40, 3), (80, 3)])
+def test_the_number_of_buffers_stays_under_its_cap_and_all_jobs_finish(cap: int, buckets: int) -> None:
     """Two layers: four buffers for each node, and for each bucket of the rows that run or prefill."""
     run = bench(max_rows=8, chunk_tokens=512, arrays=cap)
     prompts = {str(i): prompt([i % 5, *range(200), 100 + i, *range(1 + 15 * (i % 8))], 5, [201]) for i in range(40)}
@@ -234,7 +234,7 @@ def test_the_number_of_buffers_stays_under_its_cap_and_all_jobs_finish(cap: int)
         most_buckets = max(most_buckets, len(run.engine._running.batch._tails.buckets))
     assert set(run.ended) == set(prompts)
     assert most <= cap
-    assert most_buckets > 2
+    assert most_buckets >= buckets
     assert run.engine.cache.evicted.nodes > 0
 
 

@@ -103,9 +103,15 @@ def test_under_pressure_every_way_of_reuse_waits_and_all_jobs_finish_unchanged(n
     prompts = tree(rng, jobs=8)
     longest = max(len(job.tokens) + job.max_tokens for job in prompts.values())
     step = 0 if FAMILIES[name].way == "shared" else KVCache.step  # by which mlx-lm's own caches grow
-    bench = family_bench(name, chunk_tokens=16, kv_bytes=int(2.5 * (longest + step) * 1024))
-    finished = bench.run(prompts)
-    assert len(finished) == 8, bench.ended
+    bench = family_bench(name, chunk_tokens=16, kv_bytes=int(1.2 * (longest + step) * 1024))
+    engine, finished, waited = bench.engine, dict[str, Finished](), 0
+    for job_id, job in prompts.items():
+        engine.add(job_id, job)
+    while engine.busy:
+        finished |= {event.id: event for event in engine.step() if isinstance(event, Finished)}
+        waited += engine.blocked
+    assert len(finished) == 8
+    assert waited + engine.stats().evicted_nodes > 3, "or there was no pressure"
     for job_id, job in prompts.items():
         tokens, logprobs = alone(bench.alone, job.tokens, job.max_tokens)
         first_difference_is_a_tie(job_id, list(finished[job_id].tokens), tokens, logprobs)

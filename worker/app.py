@@ -30,6 +30,7 @@ from common.errors import BrokerUnavailable, InternalError, RadixqError, Setting
 from common.serializer import JobSerializer
 from common.settings import Settings
 from worker import label, leases, leave, link, platform
+from worker.flight import Clock
 from worker.job import QueuedJob, bounded_in_registries
 from worker.life import Life
 from worker.outage import explain
@@ -126,13 +127,10 @@ class BatchWorker(BaseWorker):
         self._pump = Pump(self, self._settings, self._label, runner, scout)
         self._install_signal_handlers()  # type: ignore[no-untyped-call]
         try:
-            link.check(self.connection)
-            self._pump.clock.sync(self.connection)
-            leases.keep_by(self._pump.clock)
+            self._find_server(self._pump.clock)
             scout.start()
             runner.start()
-            for doubt in link.doubts(self.connection, self._settings.redis_url, self._pump.clock):
-                _log.warning(doubt)
+            self._say_doubts(self._pump.clock)  # may wait for another server: meanwhile the model is loaded
             super().work(burst, logging_level, date_format, log_format, None, max_idle_time, True, dequeue_strategy)
         except redis.exceptions.RedisError as error:
             self._pump.error = BrokerUnavailable(f"Redis failed while the worker started: {error}")
@@ -149,6 +147,20 @@ class BatchWorker(BaseWorker):
         if reason is not None:
             leave.leave(reason)
         return self._pump.started > 0
+
+    def _find_server(self, clock: Clock) -> None:
+        """Make sure that Redis answers, and keep leases by its clock.
+
+        Raises:
+            BrokerUnavailable: it gave no sign of life.
+        """
+        link.check(self.connection)
+        clock.sync(self.connection)
+        leases.keep_by(clock)
+
+    def _say_doubts(self, clock: Clock) -> None:
+        for doubt in link.doubts(self.connection, self._settings.redis_url, clock):
+            _log.warning(doubt)
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> None:
         """Run jobs until there is a reason to end; the pump starts them, so none is returned to RQ's loop."""

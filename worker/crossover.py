@@ -239,7 +239,7 @@ def at_load(model: Any, home: Path, device: str) -> Crossover:
     """Return what was measured for a hooked model's heads on this device, measuring now if nobody did before."""
     shape = head_shape(model)
     if shape is None:
-        return Crossover()
+        return UNMEASURED
     path = _file(home, device, shape)
     if (kept := _read(path, device, shape)) is not None:
         return kept
