@@ -5,8 +5,10 @@ Knows Redis and RQ's keys; knows no request and no message.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Literal, NamedTuple, cast
 
 from redis import Redis
@@ -16,30 +18,23 @@ from rq.registry import DeferredJobRegistry
 from rq.utils import as_text
 
 from common import keys
+from common.words import texts
 
 Refusal = Literal["taken", "conflict", "unknown", "full"]
 SUBMISSION: Final = "submission"
 """Field of RQ's hash that names the call which wrote it: a repetition of that call finds its own work."""
 
-# First everything is looked at, then everything is written; nothing can come in between. Per job, ARGV holds its fields
-# in the order of `_arguments`. Answers {"ok", id of each job} or {refusal, index, detail}.
+# First everything is looked at, then everything is written; nothing can come in between. ARGV: the call as JSON, with
+# one draft for each job (`_written`), and the payload of each, which may be no text. Answers {"ok", id of each job} or
+# {refusal, index, detail}.
 _SCRIPT: Final = """
-local at = 4
-local function take() at = at + 1; return ARGV[at] end
-local function list()
-  local t = {}
-  for i = 1, tonumber(take()) do t[i] = take() end
-  return t
-end
-local nonce, jobs_at, results_at, now = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local ask = cjson.decode(ARGV[1])
+local drafts, jobs_at, results_at = ask.drafts, ask.jobs, ask.results
 local function known(id) return redis.call('EXISTS', results_at .. id, jobs_at .. id) > 0 end
 
-local drafts, ours, repeated = {}, {}, false
-while at < #ARGV do
-  local d = {id = take(), queue = take(), deferred = take(), dependencies = take(), key = take(), sha = take(),
-    most = take(), later = tonumber(take()), parents = list(), job = list(), result = list()}
-  drafts[#drafts + 1] = d
-  if redis.call('HGET', jobs_at .. d.id, 'submission') == nonce then repeated = true end
+local ours, repeated = {}, false
+for _, d in ipairs(drafts) do
+  if redis.call('HGET', jobs_at .. d.id, 'submission') == ask.nonce then repeated = true end
 end
 
 local counts = {}
@@ -68,24 +63,24 @@ end
 for i, d in ipairs(drafts) do
   if d.most ~= '' and not d.owner and not repeated then
     local length = redis.call('LLEN', d.queue)
-    if length + (counts[d.queue] or 0) + d.later > tonumber(d.most) then return {'full', i - 1, length} end
+    if length + (counts[d.queue] or 0) + d.later > d.most then return {'full', i - 1, length} end
   end
 end
 
 local answer = {'ok'}
-for _, d in ipairs(drafts) do
+for i, d in ipairs(drafts) do
   answer[#answer + 1] = d.owner or d.id
   if not d.owner and not repeated then
     local job = jobs_at .. d.id
     redis.call('SADD', KEYS[1], d.queue)
-    redis.call('HSET', job, unpack(d.job))
+    redis.call('HSET', job, 'data', ARGV[i + 1], unpack(d.job))
     redis.call('HSET', results_at .. d.id, unpack(d.result))
     if d.key ~= '' then redis.call('SET', d.key, d.id) end
     if d.met then
       redis.call('RPUSH', d.queue, d.id)
     else
       redis.call('HSET', job, 'status', 'deferred')
-      redis.call('ZADD', d.deferred, now, d.id)
+      redis.call('ZADD', d.deferred, ask.at, d.id)
       for _, parent in ipairs(d.parents) do
         redis.call('SADD', jobs_at .. parent .. ':dependents', d.id)
         redis.call('SADD', d.dependencies, parent)
@@ -105,7 +100,7 @@ class Draft:
         job: RQ's job; its `origin` is the queue.
         result: the fields of our readable hash.
         key: idempotency key, or None.
-        sha: digest of what the caller asked for.
+        sha: digest of what the caller asked for; empty without a key.
         parents: ids of the jobs that must finish first.
         max_queue_length: most jobs that may wait in the queue once this call is written, or None.
     """
@@ -133,33 +128,38 @@ def enqueue(client: Redis, drafts: Sequence[Draft], nonce: str, later: Mapping[s
     the jobs that the caller is about to add to each queue afterwards.
     """
     queues = {name: Queue(name, connection=client) for name in {draft.job.origin for draft in drafts}}
-    words: list[Any] = [
-        nonce,
-        as_text(Job.redis_job_namespace_prefix),
-        keys.result(""),
-        drafts[0].job.created_at.timestamp(),
-    ]
-    for draft in drafts:
-        words += _arguments(draft, queues[draft.job.origin], later.get(draft.job.origin, 0), nonce)
-    answer = cast(list[Any], client.eval(_SCRIPT, 1, as_text(Queue.redis_queues_keys), *words))
-    kind, *rest = answer
+    hashes = [{**draft.job.to_dict(), SUBMISSION: nonce} for draft in drafts]
+    payloads = [fields.pop("data") for fields in hashes]
+    ask = {
+        "nonce": nonce,
+        "jobs": as_text(Job.redis_job_namespace_prefix),
+        "results": keys.result(""),
+        "at": repr(drafts[0].job.created_at.timestamp()),
+        "drafts": [
+            _written(draft, fields, queues[draft.job.origin], later.get(draft.job.origin, 0))
+            for draft, fields in zip(drafts, hashes, strict=True)
+        ],
+    }
+    words = [json.dumps(ask, ensure_ascii=False), *payloads]
+    kind, *rest = cast(list[Any], client.eval(_SCRIPT, 1, as_text(Queue.redis_queues_keys), *words))
     if kind == b"ok":
         return [job_id.decode() for job_id in rest]
     index, detail = rest
     return Refused(kind.decode(), index, detail if isinstance(detail, int) else detail.decode())
 
 
-def _arguments(draft: Draft, queue: Queue, later: int, nonce: str) -> list[Any]:
-    deferred = DeferredJobRegistry(queue=queue).key
-    hash_ = _flat({**draft.job.to_dict(), SUBMISSION: nonce})
-    result = _flat(draft.result)
-    most = "" if draft.max_queue_length is None else draft.max_queue_length
-    return [
-        draft.job.id, queue.key, deferred, as_text(draft.job.dependencies_key),
-        keys.idempotency(draft.key) if draft.key else "", draft.sha, most, later,
-        len(draft.parents), *draft.parents, len(hash_), *hash_, len(result), *result,
-    ]  # fmt: skip
-
-
-def _flat(fields: Mapping[str, Any]) -> list[Any]:
-    return [part for pair in fields.items() for part in pair]
+def _written(draft: Draft, fields: Mapping[str, Any], queue: Queue, later: int) -> dict[str, Any]:
+    """Return a draft as the script reads it; `fields` are those of RQ's hash but the payload."""
+    return {
+        "id": draft.job.id,
+        "queue": queue.key,
+        "deferred": DeferredJobRegistry(queue=queue).key,
+        "dependencies": as_text(draft.job.dependencies_key),
+        "key": keys.idempotency(draft.key) if draft.key else "",
+        "sha": draft.sha,
+        "most": "" if draft.max_queue_length is None else draft.max_queue_length,
+        "later": later,
+        "parents": draft.parents,
+        "job": texts(chain.from_iterable(fields.items())),
+        "result": texts(chain.from_iterable(draft.result.items())),
+    }

@@ -19,7 +19,7 @@ from common import keys
 from common.errors import BrokerUnavailable, InvalidRequest, QueueFull
 from common.messages import GenerateJob, Result, Timing
 from common.pieces import pieces
-from common.serializer import JobSerializer
+from common.serializer import JsonJob
 from common.settings import Settings
 from producer.album import Album, Picture, store
 from producer.broker import Broker, connect
@@ -131,11 +131,10 @@ def _check(fields: Mapping[str, Any], broker: Broker, settings: Settings, album:
     request = parse(fields, max_bytes=settings.max_job_bytes)
     if request.expires_in_s is not None:
         request = request.expiring(broker.now_s() + request.expires_in_s)
-    job = Job.create(
+    job = JsonJob.create(
         keys.GENERATE,
         args=[{"v": request.job.v, **request.job.model_dump(exclude_defaults=True)}],
         connection=broker.client,
-        serializer=JobSerializer,
         id=request.id,
         origin=request.queue,
         status=JobStatus.QUEUED,
@@ -249,7 +248,8 @@ def _draft(checked: _Checked, submitted_at: str) -> Draft:
         idempotency_key=request.key,
         request_sha=request.sha if request.key else None,
     )
-    return Draft(job, waiting.to_hash(), request.key, request.sha, request.parents, request.max_queue_length)
+    sha = waiting.request_sha or ""
+    return Draft(job, waiting.to_hash(), request.key, sha, request.parents, request.max_queue_length)
 
 
 def _refusal(refused: Refused, draft: Draft) -> InvalidRequest | QueueFull:

@@ -126,6 +126,9 @@ HASH: Final = st.dictionaries(
 @example({b"timeout": b"9" * 400})
 @example({b"retries_left": b"9" * 400, b"retry_intervals": b'["x"]'})
 @example({b"data": b"{", b"dependency_ids": b"5"})
+@example({b"meta": b"5"})
+@example({b"created_at": b"2026-11-23T10:00:00.000001+05:00"})
+@example({b"enqueued_at": b"2026-11-23"})
 def test_any_hash_is_a_job_or_damaged_and_what_rq_would_write_of_it_can_be_written(raw: dict[bytes, bytes]) -> None:
     job = QueuedJob("x", connection=Redis())
     try:

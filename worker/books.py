@@ -49,8 +49,11 @@ def _finish(worker: BaseWorker, flight: Flight, ttl: int, pipe: Pipeline) -> Non
     job._status = JobStatus.FINISHED
     ended_at = utcformat(job.ended_at or now())
     pipe.hset(job.key, mapping={"status": job._status, "ended_at": ended_at})
-    value, of = job._result, _execution(worker, flight)
-    Result.create(job, Result.Type.SUCCESSFUL, return_value=value, ttl=ttl, pipeline=pipe, **of)
+    result = Result(
+        job.id, Result.Type.SUCCESSFUL, job.connection, return_value=job._result, **_execution(worker, flight)
+    )
+    result.serializer = job.serializer  # given to `Result` it would be looked at anew, as in `JsonJob`
+    result.save(ttl, pipe)  # type: ignore[no-untyped-call]
     if ttl != 0:
         job.finished_job_registry.add(job, ttl, pipe)
 

@@ -199,7 +199,7 @@ class Outbox:
         words: list[Any] = []
         for flight, group in zip(flights, written, strict=True):
             job = flight.job
-            words += (job.started_job_registry.key, flight.execution.composite_key, job.key, job.dependents_key, *group)
+            words += (job.started_job_registry.key, flight.execution.composite_key, job.key, job.dependents_key, group)
         plain = [flights[index] for index in cast(list[int], self._succeed_script(args=words))]
         for flight in plain:
             self._delivered(flight)

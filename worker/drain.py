@@ -156,10 +156,10 @@ class Drain:
             self._settings.window_jobs, self._clock.now(), QueuedJob.max_bytes, FIELD_BYTES, keys.SUSPECTS
         ]  # fmt: skip
         for flight, group in zip(flights, begun, strict=True):
-            words += (flight.queue.key, flight.job.id, *group)
+            words += (flight.queue.key, flight.job.id, group)
         named = [key for candidate in candidates for key in reject.keys_of(candidate.job_id)]
         self._unsure = flights
-        answers = self._take_script(keys=named, args=[*words, *once])
+        answers = self._take_script(keys=named, args=[*words, once])
         taken = []
         for candidate, flight, answered in zip(candidates, flights, cast(list[Any], answers), strict=True):
             if self._is_started(flight, answered):

@@ -7,8 +7,11 @@ that it then writes nothing, and what takes a job out of its place comes last. K
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
+
+from common.words import texts
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -17,24 +20,19 @@ LUA: Final = """
 local at = 0
 local function take() at = at + 1; return ARGV[at] end
 local function group(wanted)
-  local last = tonumber(take()) + at
-  while wanted and at < last do
-    local size = tonumber(take())
-    redis.call(unpack(ARGV, at + 1, at + size))
-    at = at + size
-  end
-  at = last
+  local commands = take()
+  if not wanted then return end
+  for _, words in ipairs(cjson.decode(commands)) do redis.call(unpack(words)) end
 end
 """
 """`take()` is the script's next argument; `group(wanted)` runs the commands that come next, or skips them."""
 
 
-def cut(pipe: Pipeline, starts: Sequence[int]) -> list[list[Any]]:
+def cut(pipe: Pipeline, starts: Sequence[int]) -> list[str]:
     """Return what was appended to a pipeline, cut where each group starts, as `group` reads it; empties it."""
-    commands = [words for words, _ in pipe.command_stack]
+    commands = [texts(words) for words, _ in pipe.command_stack]
     pipe.reset()
-    groups = []
-    for start, end in zip(starts, [*starts[1:], len(commands)], strict=True):
-        words = [word for command in commands[start:end] for word in (len(command), *command)]
-        groups.append([len(words), *words])
-    return groups
+    return [
+        json.dumps(commands[start:end], ensure_ascii=False)
+        for start, end in zip(starts, [*starts[1:], len(commands)], strict=True)
+    ]

@@ -162,6 +162,9 @@ def _validate(body: dict[str, Any]) -> GenerateJob | None:
 
 def _refuse_surrogates(body: dict[str, Any]) -> None:
     """JSON can escape what no UTF-8 can hold, and so neither a result nor a tokenizer."""
+    with contextlib.suppress(UnicodeEncodeError, RecursionError):
+        json.dumps(body, ensure_ascii=False).encode()
+        return
     for name, value in body.items():
         try:
             json.dumps({name: value}, ensure_ascii=False).encode()

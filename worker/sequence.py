@@ -35,7 +35,7 @@ class Picture:
     data: bytes | memoryview | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: a class with them takes Python code to pickle, and every prompt is
 class Prompt:
     """A job after prepare, ready to run.
 

@@ -81,7 +81,7 @@ return found
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: a class with them takes Python code to pickle
 class Candidate:
     """A waiting job that should go next: exactly one of `prompt`, `refusal` and `crash` is set.
 
