@@ -13,7 +13,7 @@ def texts(words: Iterable[Any]) -> list[str]:
     """Return the words as redis-py would send them; numbers too, since Lua writes those in its own way.
 
     Raises:
-        TypeError: one is nothing that redis-py takes.
+        TypeError: one is neither text nor bytes nor a number.
         UnicodeDecodeError: one is bytes that are no UTF-8, which JSON cannot hold.
     """
     return [word if type(word) is str else _text(word) for word in words]

@@ -109,6 +109,24 @@ def test_a_transient_error_is_retried_and_each_attempt_shows(desk: Desk) -> None
     assert desk.waiting == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("meta", b'{"score": NaN}'), ("meta", b'{"a": "\\ud800"}'), ("meta", b"5"), ("dependency_ids", b'["\\ud800"]')],
+)
+def test_a_job_with_a_field_that_nobody_could_write_again_is_retried_and_fails_like_any_other(
+    desk: Desk, name: str, value: bytes
+) -> None:
+    job, mate = desk.enqueue(retry=Retry(1)), desk.enqueue()
+    desk.redis.hset(job.key, name, value)
+    flight = desk.take(job)
+    desk.outbox.put(desk.take(mate), OutOfMemory("full"))
+    desk.fail(flight, OutOfMemory("full"))
+    assert desk.waiting == [job.id]
+    desk.fail(desk.take(job), OutOfMemory("full again"))
+    assert [desk.result(one)["status"] for one in (job, mate)] == ["failed", "failed"]
+    assert desk.redis.hget(job.key, name) == value
+
+
 def test_a_result_lists_what_ended_its_earlier_attempts(desk: Desk) -> None:
     job = desk.enqueue(retry=Retry(2))
     desk.fail(desk.take(job), OutOfMemory("full"))

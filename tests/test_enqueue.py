@@ -221,6 +221,7 @@ def test_a_job_with_a_parent_is_deferred_the_way_rq_does_it(redis: Redis) -> Non
     assert (job.get_status(), job.dependency_ids) == (JobStatus.DEFERRED, [parent.id])
     queue = Queue("radixq", connection=redis, serializer=JobSerializer)
     assert queue.deferred_job_registry.get_job_ids() == [child.id]
+    assert redis.zscore(queue.deferred_job_registry.key, child.id) == job.created_at.timestamp()
     assert child.status() == "queued"
     parent_job = Job.fetch(parent.id, redis, JobSerializer)
     assert parent_job.dependent_ids == [child.id]

@@ -183,6 +183,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "parents": {"dependency_ids": '{"a": 1}'},
     "parents by number": {"dependency_ids": "[1, [2], null]"},
     "deep meta": {"meta": "[" * 30_000 + "]" * 30_000},
+    "meta that cannot be written": {"meta": '{"a": NaN, "b": "\\ud800"}'},
+    "parents that cannot be written": {"dependency_ids": '["\\ud800"]'},
     "webhooks": {"webhooks": '[{"url": "http://127.0.0.1:1/", "statuses": ["finished"]}]'},
     "huge": dict.fromkeys(("description", "meta", "success_callback_name", "result", "exc_info"), b"x" * (HUGE // 5)),
     "huge and unknown": {"mine": b"x" * HUGE},
@@ -194,6 +196,13 @@ def test_fields_of_rqs_hash_that_rq_did_not_write_do_not_keep_the_job_from_its_a
     raw = house.put("fields-" + what.replace(" ", "-"), **FIELDS[what])
     assert house.ended(raw)["status"] == "finished"
     assert house.ended(raw)["attempts"] == "1"
+    house.redis.delete(b"rq:job:" + raw)
+
+
+@pytest.mark.parametrize("what", FIELDS)
+def test_nor_do_they_keep_it_from_failing(house: House, what: str) -> None:
+    raw = house.put("failing-" + what.replace(" ", "-"), b"", **FIELDS[what])
+    house.refused(raw, "no data")
     house.redis.delete(b"rq:job:" + raw)
 
 

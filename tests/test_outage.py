@@ -7,6 +7,9 @@ from redis import exceptions
 
 from worker.outage import Absence, explain, is_outage
 
+BEFORE_7 = "Error running script (call to f_ab12): @user_script:7: @user_script: 7:"
+"""How Redis 6.2 begins what a script's command was refused with."""
+
 
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -19,6 +22,11 @@ from worker.outage import Absence, explain, is_outage
         (exceptions.TimeoutError("Timeout reading from socket"), "in time"),
         (exceptions.ConnectionError("Error 111 connecting to 127.0.0.1:1. Connection refused."), "Error 111"),
         (exceptions.ResponseError("MISCONF Errors writing to the AOF file: No space left on device"), "disk full"),
+        (
+            exceptions.ResponseError(f"{BEFORE_7} -OOM command not allowed when used memory > 'maxmemory'."),
+            "memory is full",
+        ),
+        (exceptions.ResponseError(f"{BEFORE_7} -READONLY You can't write against a read only replica."), "read-only"),
     ],
 )
 def test_an_outage_is_waited_for_and_named(error: exceptions.RedisError, words: str) -> None:
@@ -37,6 +45,7 @@ def test_what_is_said_does_not_quote_the_command_that_failed() -> None:
 
 def test_damage_and_defects_are_not_waited_for() -> None:
     assert not is_outage(exceptions.ResponseError("WRONGTYPE Operation against a key"))
+    assert not is_outage(exceptions.ResponseError(f"{BEFORE_7} -WRONGTYPE Operation against a key"))
     assert not is_outage(exceptions.WatchError("Watched variable changed."))
 
 

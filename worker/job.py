@@ -16,7 +16,7 @@ from rq.exceptions import NoSuchJobError, TimeoutFormatError
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import BaseRegistry, FinishedJobRegistry, StartedJobRegistry
-from rq.utils import import_attribute, now
+from rq.utils import import_attribute, now, str_to_date
 
 from common import keys
 from common.serializer import JobSerializer, JsonJob, unpack
@@ -172,15 +172,15 @@ class QueuedJob(JsonJob):
         self.retry_intervals = _intervals(self.retry_intervals)
         self.description = self.description or ""
         self.meta = self.meta if isinstance(self.meta, dict) else {}
-        if not (isinstance(self._dependency_ids, list) and all(isinstance(one, str) for one in self._dependency_ids)):
-            self._dependency_ids = []
+        ids = self._dependency_ids
+        self._dependency_ids = ids if isinstance(ids, list) and all(map(_is_writable, ids)) else []
 
     def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
-        """Return what RQ writes; of a job that was read, without the payload."""
+        """Return what RQ writes but `meta`, which stays as it lies, as does the payload of a job that was read."""
         if not self.packed:
-            return super().to_dict(include_meta, include_result)
+            return super().to_dict(False, include_result)
         packed, self.packed = self.packed, b""
-        fields = super().to_dict(include_meta, include_result)
+        fields = super().to_dict(False, include_result)
         self.packed = packed
         return {name: value for name, value in fields.items() if name != "data"}
 
@@ -248,15 +248,23 @@ def _registry(kind: type[BaseRegistry], queue: str, connection: Redis) -> BaseRe
 
 
 def _date(written: bytes) -> datetime:
-    """Return a moment as RQ writes it, in UTC.
+    """Return a moment as RQ writes it, in UTC. What is written in another way RQ reads, or refuses, itself.
 
     Raises:
         ValueError: it is none.
     """
-    at = datetime.fromisoformat(written.decode())
+    try:
+        at = datetime.fromisoformat(written.decode())
+    except ValueError:
+        return str_to_date(written)
     if at.utcoffset() != timedelta():
         raise ValueError(f"{written!r} is not in UTC")
     return at
+
+
+def _is_writable(said: Any) -> bool:
+    """Whether it is text that can be written again: JSON can escape what no UTF-8 can hold."""
+    return isinstance(said, str) and said.encode(errors="replace").decode() == said
 
 
 def _timeout(said: int | None) -> int:

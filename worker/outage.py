@@ -21,6 +21,8 @@ _CLASSES: Final = {
 _FIRST_S: Final = 0.05
 _LONGEST_S: Final = 5.0
 _WORDS: Final = {
+    "OOM ": _CLASSES[exceptions.OutOfMemoryError],
+    "READONLY ": _CLASSES[exceptions.ReadOnlyError],
     "MISCONF": "it cannot write its file; is the disk full?",
     "NOREPLICAS": "too few replicas are there",
     "BUSY ": "a script holds it up",
@@ -39,6 +41,8 @@ def explain(error: exceptions.RedisError) -> str | None:
         if isinstance(error, kind):
             return words or str(error).strip().splitlines()[0]
     said = str(error).rpartition("caused error: ")[2]  # in a pipeline, after the command
+    if said.startswith("Error running script"):  # before Redis 7 the script's own error follows
+        said = said.rpartition(": -")[2]
     return next((words for start, words in _WORDS.items() if said.startswith(start)), None)
 
 
