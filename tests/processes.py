@@ -34,6 +34,15 @@ def wait_until(condition: Callable[[], T], what: str, *, within_s: float = WAIT_
         time.sleep(every_s)
 
 
+def _environment() -> dict[str, str]:
+    """Return that of the test, without coverage unless `COVERAGE_PROCESSES` is set.
+
+    Under coverage a worker takes half as long again to start, nearly all of it in the imports of transformers.
+    """
+    measured = bool(os.environ.get("COVERAGE_PROCESSES"))
+    return {name: value for name, value in os.environ.items() if measured or not name.startswith("COVERAGE_PROCESS_")}
+
+
 class Process:
     """One process of a test, with its output in a file."""
 
@@ -104,7 +113,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env={**home, **os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                env={**home, **_environment(), "PYTHONUNBUFFERED": "1", **(env or {})},
                 process_group=self._tether.group,
             )
         process = Process(popen, log_path)
