@@ -161,5 +161,5 @@ def _written(draft: Draft, fields: Mapping[str, Any], queue: Queue, later: int) 
         "later": later,
         "parents": draft.parents,
         "job": texts(chain.from_iterable(fields.items())),
-        "result": texts(chain.from_iterable(draft.result.items())),
+        "result": list(chain.from_iterable(draft.result.items())),
     }

@@ -20,7 +20,7 @@ from common.settings import Settings
 from worker.app import BatchWorker
 from worker.drain import Drain
 from worker.flight import Clock, Flight
-from worker.job import FIELD_BYTES, QueuedJob
+from worker.job import FIELD_BYTES
 from worker.leases import cancelled, renew
 from worker.scout import Candidate
 from worker.suspects import Suspicion
@@ -225,27 +225,6 @@ def test_an_id_whose_job_is_gone_leaves_the_lists(
     redis.delete(jobs[0].key)
     assert [flight.job.id for flight in take(drain, jobs)] == [jobs[1].id]
     assert waiting(redis) == []
-
-
-TIMES = ("created_at", "enqueued_at", "started_at", "ended_at", "last_heartbeat")
-
-
-@pytest.mark.parametrize("form", ["2026-11-23T10:00:0{}.000001Z", "2026-11-23T10:00:0{}Z", "2026-1-2T3:4:{}Z"])
-def test_the_times_of_a_job_are_those_that_rq_reads(form: str) -> None:
-    raw = {name.encode(): form.format(number).encode() for number, name in enumerate(TIMES)} | {b"data": b""}
-    ours, rqs = QueuedJob("a", connection=Redis()), Job("a", connection=Redis())
-    ours.restore(raw)
-    rqs.restore(raw)
-    assert [getattr(ours, name) for name in TIMES] == [getattr(rqs, name) for name in TIMES]
-    assert len({getattr(ours, name) for name in TIMES}) == len(TIMES)
-
-
-@pytest.mark.parametrize(
-    "written", ["2026-11-23T10:00:00", "2026-11-23T10:00:00+05:00", "2026-11-23", "then", "\u00e9"]
-)
-def test_a_time_that_is_not_in_utc_is_none(written: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  # RQ's words
-        QueuedJob("a", connection=Redis()).restore({b"enqueued_at": written.encode()})
 
 
 @pytest.mark.parametrize("damage", [{"timeout": "soon"}, {"created_at": "then"}, {"retries_left": "x"}])

@@ -171,7 +171,6 @@ class QueuedJob(JsonJob):
             self.retries_left = max(0, min(self.retries_left, MAX_RETRIES))
         self.retry_intervals = _intervals(self.retry_intervals)
         self.description = self.description or ""
-        self.meta = self.meta if isinstance(self.meta, dict) else {}
         ids = self._dependency_ids
         self._dependency_ids = ids if isinstance(ids, list) and all(map(_is_writable, ids)) else []
 
